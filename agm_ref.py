@@ -1,0 +1,282 @@
+"""AGM, the phase stochastic bridge, on one page: equations -> process -> loss -> samplers.
+
+Paper: "Generative Modeling with Phase Stochastic Bridges" (Chen et al., ICLR 2024, arXiv 2310.07805).
+
+A particle with position x and velocity v is steered from noise at t = 0 to a data point x1 at t = 1:
+
+    dx = v dt,    dv = a dt + g(t) dW,    g(t) = p (1 - t),    (x, v) at 0 ~ N(0, [[1, k], [k, 1]])
+    a*(m, t) = (4/tau) ((x1 - x)/tau - v),    tau = 1 - t            the optimal acceleration (stochastic bridge)
+
+The bridge in two modes. Under a* the error e = x - x1 obeys e'' = -4 e/tau^2 - 4 e'/tau, solved by tau and tau^4. Hence
+
+    (e, v) = M c,    M = [[tau, tau^4], [-1, -4 tau^3]],    c = (c_1, c_2) the mode amplitudes
+
+and noise only ever adds to c. Given x1, the state at time t is Gaussian, m = mean x1 + L eps, with L L^T = M C M^T,
+C = Cov(c): that is all `mean`, `cov` and `cholesky` compute. The acceleration to be learnt is affine in (x1, eps),
+
+    F = 4 tau^2 x1 + a . eps     or, the same in terms of the state,     F = w . m + c x1,    w = L^-T a,
+
+so a prediction of F is a prediction of x1 and back (`hop`, `acceleration`), for the SDE and the probability-flow ODE.
+
+    symbol   name here         meaning
+    m        m                 state cat(x, v) on axis 1: (B, 2C, H, W) or (B, 2D)
+    p, k     AGM.p, AGM.k      diffusion scale; covariance of x and v in the prior
+    mu_t     mean(t)           (..., 2)     mean of (x, v) per unit of x1
+    Sigma_t  cov(t)            (..., 2, 2)  covariance of (x, v) given x1
+    L_t      cholesky(t)       (..., 2, 2)  lower factor of Sigma_t
+    a        gain(t)           (..., 2)     noise part of the target F
+    s        scale(t)          (...)        |a|, so that F / s has unit variance at x1 = 0
+    F_theta  s * net(m, t)     what the network learns: net(m, t, label) -> (B, C, ...), t of shape (B,)
+
+Coefficients are float64 tensors on the CPU whatever the state is; only their product with the state takes its dtype and
+device (`mix`). Data have unit scale: images in [-1, 1].
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Process
+
+
+@dataclass(frozen=True)
+class AGM:
+    """The bridge process. AGM() is the probability-flow ODE with the paper's p = 3, k = -0.2 and unit prior variances.
+
+    Times are numbers or tensors of any shape (...) in [0, 1); a ValueError says so otherwise.
+    """
+
+    p: float = 3.0  # diffusion scale, > 0
+    k: float = -0.2  # prior covariance of x and v, |k| < 1
+    sde: bool = False  # which acceleration the network learns: the SDE's, or the probability-flow ODE's
+    t0: float = 1e-5  # first time of training and of every sampler
+    t1: float = 0.999  # last time of training, and the latest a sampler may ask the network about
+    n: ClassVar[int] = 2  # blocks of the state
+
+    def __post_init__(self):
+        if not (self.p > 0 and abs(self.k) < 1 and 0 < self.t0 < self.t1 < 1):
+            raise ValueError(f"AGM wants p > 0, |k| < 1 and 0 < t0 < t1 < 1, got {self}")
+
+    def modes(self, t):
+        """tau (...) and C (..., 2, 2), the covariance of the two mode amplitudes."""
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        if not ((t >= 0) & (t < 1)).all():
+            raise ValueError(f"AGM time runs from 0 (prior) to 1 (data, excluded), got {t.min():g} to {t.max():g}")
+        tau, log_tau = 1 - t, torch.log1p(-t)
+        B = torch.tensor([[4.0, 1.0], [-1.0, -1.0]], dtype=torch.float64) / 3  # M(tau = 1)^-1
+        S0 = torch.tensor([[1.0, self.k], [self.k, 1.0]], dtype=torch.float64)
+        noise = matrix([[-torch.expm1(3 * log_tau), 3 * log_tau], [3 * log_tau, torch.expm1(-3 * log_tau)]])
+        return tau, B @ S0 @ B.T + self.p**2 / 27 * noise
+
+    def mean(self, t):
+        """(..., 2): mean of (x, v) per unit of x1, namely (1 - 4 tau/3 + tau^4/3, 4/3 (1 - tau^3)), factored in t."""
+        t = 1 - self.modes(t)[0]
+        return torch.stack([t**2 * (6 - 4 * t + t**2), 4 * t * (3 - 3 * t + t**2)], -1) / 3
+
+    def cov(self, t):
+        """(..., 2, 2): covariance of (x, v) given x1, M C M^T."""
+        tau, C = self.modes(t)
+        M = matrix([[tau, tau**4], [-torch.ones_like(tau), -4 * tau**3]])
+        return M @ C @ M.mT
+
+    def cholesky(self, t):
+        """(..., 2, 2): lower L with L L^T = cov(t). L_vv is det(M) sqrt(det C) / L_xx: no cancellation as t -> 1."""
+        (tau, C), S = self.modes(t), self.cov(t)
+        Lxx = S[..., 0, 0].sqrt()
+        det = C[..., 0, 0] * C[..., 1, 1] - C[..., 0, 1] ** 2
+        return matrix([[Lxx, torch.zeros_like(Lxx)], [S[..., 0, 1] / Lxx, 3 * tau**4 * det.sqrt() / Lxx]])
+
+    def gain(self, t):
+        """(..., 2): a, the noise part of the target F = 4 tau^2 x1 + a . eps.
+
+        a_0 = -(4/tau) (L_xx/tau + L_xv), written in C because the two terms cancel as t -> 1; a_1 = -(4/tau) L_vv, and
+        the ODE adds -g^2/2 grad_v log p(m | x1) = g^2 eps_v / (2 L_vv).
+        """
+        (tau, C), L = self.modes(t), self.cholesky(t)
+        a0 = 12 * tau**3 * (C[..., 0, 1] + tau**3 * C[..., 1, 1]) / L[..., 0, 0]
+        a1 = -4 / tau * L[..., 1, 1]
+        if not self.sde:
+            a1 = a1 + (self.p * tau) ** 2 / (2 * L[..., 1, 1])
+        return torch.stack([a0, a1], -1)
+
+    def scale(self, t):
+        """(...): s = |a|, the standard deviation of the target at x1 = 0."""
+        return self.gain(t).norm(dim=-1)
+
+    def affine(self, t):
+        """w (..., 2) and c (...) with F = w . m + c x1; for the SDE w = -(4/tau^2, 4/tau), c = 4/tau^2, which is a*."""
+        tau = self.modes(t)[0]
+        w = torch.linalg.solve_triangular(self.cholesky(t).mT, self.gain(t)[..., None], upper=True)[..., 0]
+        return w, 4 * tau**2 - (w * self.mean(t)).sum(-1)
+
+    def prior(self, shape, generator=None):
+        """(B, 2C, ...) float32 draw of the state at t = 0 for data of shape (B, C, ...), on the generator's device."""
+        shape = (shape[0], 2 * shape[1], *shape[2:])
+        eps = torch.randn(shape, generator=generator, device=generator.device if generator else None)
+        return mix(self.cholesky(0.0), eps)
+
+
+def matrix(rows):
+    """Stacks nested lists of (...) tensors into (..., rows, columns)."""
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def mix(A, m):
+    """Block algebra (A kron I) m: A (i, j) or (B, i, j), m (B, j*C, ...) -> (B, i*C, ...), in m's dtype and device.
+
+    A product and a sum, not a matmul, so that neither autocast nor TF32 rounds the coefficients.
+    """
+    z = m.reshape(len(m), 1, A.shape[-1], -1)  # (B, 1, j, K)
+    y = (A.to(z)[..., None] * z).sum(-2)  # (B, i, K)
+    return y.reshape(len(m), -1, *m.shape[2:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def loss(process, net, x, label=None):
+    """Weighted acceleration matching, E[(1 - t) |net(m, t) - F/s|^2] per data dimension, t uniform on [t0, t1].
+
+    x: data (B, C, ...), unit scale. One t per image, stratified over the batch (each is uniform, together they spread).
+    """
+    B = len(x)
+    u = (torch.arange(B) + torch.rand(B, dtype=torch.float64)) / B
+    t = process.t0 + (process.t1 - process.t0) * u  # (B,)
+    m, target = training_pair(process, x, t, torch.randn_like(torch.cat([x, x], 1)))
+    error = net(m, t.to(x), label) - target
+    return (mix((1 - t)[:, None, None], error**2)).mean()
+
+
+def training_pair(process, x, t, eps):
+    """State m = mean x + L eps (B, 2C, ...) and label F/s (B, C, ...) for times t (B,) and noise eps (B, 2C, ...)."""
+    m = mix(process.mean(t)[..., None], x) + mix(process.cholesky(t), eps)
+    a, s = process.gain(t), process.scale(t)
+    F = mix(4 * (1 - t)[:, None, None] ** 2, x) + mix(a[:, None], eps)
+    return m, mix(1 / s[:, None, None], F)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a prediction of F to one of x1, and back
+
+
+def hop(process, F, m, t):
+    """Sampling-hop: the x1 (B, C, ...) that explains acceleration F at state m, time t (a number).
+
+    One formula for SDE and ODE; for the SDE it is the paper's x + tau (v + tau F / 4).
+    """
+    w, c = process.affine(t)
+    return (F - mix(w[None], m)) / float(c)
+
+
+def acceleration(process, x1, m, t):
+    """The inverse of hop: the acceleration F (B, C, ...) that belongs to the data prediction x1."""
+    w, c = process.affine(t)
+    return mix(w[None], m) + float(c) * x1
+
+
+def denoise(process, net, m, t, label=None):
+    """One network call: E[x1 | m] at time t (a number)."""
+    out = net(m, torch.full((len(m),), float(t), dtype=m.dtype, device=m.device), label)
+    return hop(process, float(process.scale(t)) * out, m, t)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers. All of them: m0 (B, 2C, ...) from the prior -> x (B, C, ...); exactly nfe network calls; the result is the
+# data prediction of the last call. Each takes its acceleration from the data prediction, so that one network serves
+# them all, whether it learned the SDE's or the ODE's.
+
+
+def grid(process, n, rho, t_end):
+    """n times from t0 to t_end, uniform in t^(1/rho): rho = 1 is uniform, rho = 2 the paper's."""
+    if n < 1:
+        raise ValueError(f"nfe counts network calls and must be at least 1, got {n}")
+    if not (rho > 0 and process.t0 < t_end <= process.t1):
+        raise ValueError(f"want rho > 0 and {process.t0} < t_end <= {process.t1}, got rho={rho}, t_end={t_end}")
+    return (torch.linspace(process.t0 ** (1 / rho), t_end ** (1 / rho), n, dtype=torch.float64) ** rho).tolist()
+
+
+def last_time(process, nfe):
+    """Where the last of nfe calls falls by default: half a mean step before the data."""
+    return min(1 - 0.5 / max(nfe, 1), process.t1)
+
+
+def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+    """SDE, Euler-Maruyama. t_end: time of the last call (default `last_time`); randn(x): unit noise shaped like x."""
+    sde, m = replace(process, sde=True), m0
+    ts = grid(process, nfe, rho, t_end or last_time(process, nfe))
+    for t, t_next in pairwise(ts):
+        h = t_next - t
+        F = acceleration(sde, denoise(process, net, m, t, label), m, t)
+        x, v = m.chunk(2, 1)
+        m = torch.cat([x + h * v, v + h * F + process.p * (1 - t) * math.sqrt(h) * randn(v)], 1)
+    return denoise(process, net, m, ts[-1], label)
+
+
+def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+    """SDE, symmetric splitting (the paper's SSS): half a step of free motion with noise, the kick v += h F with F at
+    mid-step, half a step of free motion. t_end: end of the last step (default t1); the last call is at its middle."""
+    sde, m = replace(process, sde=True), m0
+    ts = grid(process, nfe + 1, rho, t_end or process.t1) if nfe > 0 else grid(process, nfe, rho, process.t1)
+    for i in range(nfe):
+        h, middle = ts[i + 1] - ts[i], (ts[i] + ts[i + 1]) / 2
+        m = free_motion(process, m, ts[i], h / 2, randn)
+        x1 = denoise(process, net, m, middle, label)
+        if i == nfe - 1:
+            return x1
+        x, v = m.chunk(2, 1)
+        m = torch.cat([x, v + h * acceleration(sde, x1, m, middle)], 1)
+        m = free_motion(process, m, middle, h / 2, randn)
+
+
+def free_motion(process, m, t, h, randn):
+    """dx = v dt, dv = g dW over [t, t + h], drawn exactly (the official code freezes tau inside the step)."""
+    p2, tau = process.p**2, 1 - t
+    vv = p2 * (tau**2 * h - tau * h**2 + h**3 / 3)
+    xv = p2 * (tau**2 * h**2 / 2 - tau * h**3 / 3 + h**4 / 12)
+    xx = p2 * (tau**2 * h**3 / 3 - tau * h**4 / 6 + h**5 / 30)
+    L = torch.linalg.cholesky(torch.tensor([[vv, xv], [xv, xx]], dtype=torch.float64)).flip(0)  # rows x, v
+    return mix(torch.tensor([[1.0, h], [0.0, 1.0]]), m) + mix(L, randn(m))
+
+
+def exponential(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
+    """Probability-flow ODE, exponential Adams-Bashforth: N = F/s of the last `order` (1-4) calls is extrapolated over
+    the step, x += h v + int (t + h - u) s(u) N(u) du, v += int s(u) N(u) du, by Gauss-Legendre.
+
+    The first steps have fewer calls to extrapolate; rho = 2 makes them short, which keeps orders 3 and 4 useful.
+    t_end: time of the last call (default `last_time`; the paper: rho = 2, t_end = .4/.7/.9 for nfe 5/10/20).
+    """
+    if order not in (1, 2, 3, 4):
+        raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
+    ode, m, past = replace(process, sde=False), m0, []  # past: (t, N) of the last calls
+    ts = grid(process, nfe, rho, t_end or last_time(process, nfe))
+    for t, t_next in pairwise(ts):
+        F = acceleration(ode, denoise(process, net, m, t, label), m, t)
+        past = [*past, (t, F / float(ode.scale(t)))][-order:]
+        u, du = gauss_legendre(t, t_next)
+        m = mix(torch.tensor([[1.0, t_next - t], [0.0, 1.0]]), m)
+        for i, (_, N) in enumerate(past):
+            force = du * ode.scale(u) * lagrange([s for s, _ in past], i, u)
+            m = m + mix(torch.stack([((t_next - u) * force).sum(), force.sum()])[:, None], N)
+    return denoise(process, net, m, ts[-1], label)
+
+
+def gauss_legendre(a, b, nodes=16):
+    """Nodes and weights on [a, b] from the eigenvectors of the Jacobi matrix (Golub & Welsch 1969)."""
+    k = torch.arange(1, nodes, dtype=torch.float64)
+    off = k / (4 * k**2 - 1).sqrt()
+    x, V = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return (a + b) / 2 + (b - a) / 2 * x, (b - a) * V[0] ** 2
+
+
+def lagrange(times, i, u):
+    """The Lagrange basis polynomial of node i at the points u."""
+    terms = [(u - s) / (times[i] - s) for j, s in enumerate(times) if j != i]
+    return math.prod(terms, start=torch.ones_like(u))
+
+
+SAMPLERS = {"exponential": exponential, "splitting": splitting, "em": em}  # the first is the default

@@ -12,11 +12,13 @@ The bridge in two modes. Under a* the error e = x - x1 obeys e'' = -4 e/tau^2 - 
     (e, v) = M c,    M = [[tau, tau^4], [-1, -4 tau^3]],    c = (c_1, c_2) the mode amplitudes
 
 and noise only ever adds to c. Given x1, the state at time t is Gaussian, m = mean x1 + L eps, with L L^T = M C M^T,
-C = Cov(c): that is all `mean`, `cov` and `cholesky` compute. The acceleration to be learnt is affine in (x1, eps),
+C = Cov(c): that is all `mean`, `cov` and `cholesky` compute. Given x1, the acceleration is F = a* for the SDE, and
+F = a* - g^2/2 grad_v log p(m | x1) for the probability-flow ODE. The network learns the mean of F over all x1 that may
+have led to m, in which that score becomes grad_v log p(m). Either F is affine in (x1, eps),
 
-    F = 4 tau^2 x1 + a . eps     or, the same in terms of the state,     F = w . m + c x1,    w = L^-T a,
+    F = 4 tau^2 x1 + r . eps     or, the same in terms of the state,     F = w . m + b x1,    w = L^-T r,
 
-so a prediction of F is a prediction of x1 and back (`hop`, `acceleration`), for the SDE and the probability-flow ODE.
+so a prediction of F is one of E[x1 | m], and back (`hop`, `acceleration`).
 
     symbol   name here         meaning
     m        m                 state cat(x, v) on axis 1: (B, 2C, H, W) or (B, 2D)
@@ -24,8 +26,8 @@ so a prediction of F is a prediction of x1 and back (`hop`, `acceleration`), for
     mu_t     mean(t)           (..., 2)     mean of (x, v) per unit of x1
     Sigma_t  cov(t)            (..., 2, 2)  covariance of (x, v) given x1
     L_t      cholesky(t)       (..., 2, 2)  lower factor of Sigma_t
-    a        gain(t)           (..., 2)     noise part of the target F
-    s        scale(t)          (...)        |a|, so that F / s has unit variance at x1 = 0
+    r        gain(t)           (..., 2)     noise part of the target F
+    s        scale(t)          (...)        |r|, so that F / s has unit variance at x1 = 0
     F_theta  s * net(m, t)     what the network learns: net(m, t, label) -> (B, C, ...), t of shape (B,)
 
 Coefficients are float64 tensors on the CPU whatever the state is; only their product with the state takes its dtype and
@@ -56,6 +58,7 @@ class AGM:
     t0: float = 1e-5  # first time of training and of every sampler
     t1: float = 0.999  # last time of training, and the latest a sampler may ask the network about
     n: ClassVar[int] = 2  # blocks of the state
+    T: ClassVar[float] = 1.0  # end of time
 
     def __post_init__(self):
         if not (self.p > 0 and abs(self.k) < 1 and 0 < self.t0 < self.t1 < 1):
@@ -69,12 +72,13 @@ class AGM:
         tau, log_tau = 1 - t, torch.log1p(-t)
         B = torch.tensor([[4.0, 1.0], [-1.0, -1.0]], dtype=torch.float64) / 3  # M(tau = 1)^-1
         S0 = torch.tensor([[1.0, self.k], [self.k, 1.0]], dtype=torch.float64)
+        # A kick dv adds (dv/3, -dv/(3 tau^3)) to c; integrated against p^2 tau^2 dt these make the noise part.
         noise = matrix([[-torch.expm1(3 * log_tau), 3 * log_tau], [3 * log_tau, torch.expm1(-3 * log_tau)]])
         return tau, B @ S0 @ B.T + self.p**2 / 27 * noise
 
     def mean(self, t):
         """(..., 2): mean of (x, v) per unit of x1, namely (1 - 4 tau/3 + tau^4/3, 4/3 (1 - tau^3)), factored in t."""
-        t = 1 - self.modes(t)[0]
+        t = 1 - self.modes(t)[0]  # checked and in float64
         return torch.stack([t**2 * (6 - 4 * t + t**2), 4 * t * (3 - 3 * t + t**2)], -1) / 3
 
     def cov(self, t):
@@ -84,31 +88,31 @@ class AGM:
         return M @ C @ M.mT
 
     def cholesky(self, t):
-        """(..., 2, 2): lower L with L L^T = cov(t). L_vv is det(M) sqrt(det C) / L_xx: no cancellation as t -> 1."""
+        """(..., 2, 2): lower L with L L^T = cov(t). L_vv = |det M| sqrt(det C) / L_xx: no cancellation as t -> 1."""
         (tau, C), S = self.modes(t), self.cov(t)
         Lxx = S[..., 0, 0].sqrt()
         det = C[..., 0, 0] * C[..., 1, 1] - C[..., 0, 1] ** 2
         return matrix([[Lxx, torch.zeros_like(Lxx)], [S[..., 0, 1] / Lxx, 3 * tau**4 * det.sqrt() / Lxx]])
 
     def gain(self, t):
-        """(..., 2): a, the noise part of the target F = 4 tau^2 x1 + a . eps.
+        """(..., 2): r, the noise part of the target F = 4 tau^2 x1 + r . eps.
 
-        a_0 = -(4/tau) (L_xx/tau + L_xv), written in C because the two terms cancel as t -> 1; a_1 = -(4/tau) L_vv, and
+        r_0 = -(4/tau) (L_xx/tau + L_xv), written in C because the two terms cancel as t -> 1; r_1 = -(4/tau) L_vv, and
         the ODE adds -g^2/2 grad_v log p(m | x1) = g^2 eps_v / (2 L_vv).
         """
         (tau, C), L = self.modes(t), self.cholesky(t)
-        a0 = 12 * tau**3 * (C[..., 0, 1] + tau**3 * C[..., 1, 1]) / L[..., 0, 0]
-        a1 = -4 / tau * L[..., 1, 1]
+        r0 = 12 * tau**3 * (C[..., 0, 1] + tau**3 * C[..., 1, 1]) / L[..., 0, 0]
+        r1 = -4 / tau * L[..., 1, 1]
         if not self.sde:
-            a1 = a1 + (self.p * tau) ** 2 / (2 * L[..., 1, 1])
-        return torch.stack([a0, a1], -1)
+            r1 = r1 + (self.p * tau) ** 2 / (2 * L[..., 1, 1])
+        return torch.stack([r0, r1], -1)
 
     def scale(self, t):
-        """(...): s = |a|, the standard deviation of the target at x1 = 0."""
+        """(...): s = |r|, the standard deviation of the target at x1 = 0."""
         return self.gain(t).norm(dim=-1)
 
     def affine(self, t):
-        """w (..., 2) and c (...) with F = w . m + c x1; for the SDE w = -(4/tau^2, 4/tau), c = 4/tau^2, which is a*."""
+        """w (..., 2) and b (...) with F = w . m + b x1; for the SDE w = -(4/tau^2, 4/tau), b = 4/tau^2, which is a*."""
         tau = self.modes(t)[0]
         w = torch.linalg.solve_triangular(self.cholesky(t).mT, self.gain(t)[..., None], upper=True)[..., 0]
         return w, 4 * tau**2 - (w * self.mean(t)).sum(-1)
@@ -149,15 +153,14 @@ def loss(process, net, x, label=None):
     t = process.t0 + (process.t1 - process.t0) * u  # (B,)
     m, target = training_pair(process, x, t, torch.randn_like(torch.cat([x, x], 1)))
     error = net(m, t.to(x), label) - target
-    return (mix((1 - t)[:, None, None], error**2)).mean()
+    return mix((1 - t)[:, None, None], error**2).mean()  # one weight an image
 
 
 def training_pair(process, x, t, eps):
     """State m = mean x + L eps (B, 2C, ...) and label F/s (B, C, ...) for times t (B,) and noise eps (B, 2C, ...)."""
     m = mix(process.mean(t)[..., None], x) + mix(process.cholesky(t), eps)
-    a, s = process.gain(t), process.scale(t)
-    F = mix(4 * (1 - t)[:, None, None] ** 2, x) + mix(a[:, None], eps)
-    return m, mix(1 / s[:, None, None], F)
+    F = mix(4 * (1 - t)[:, None, None] ** 2, x) + mix(process.gain(t)[:, None], eps)
+    return m, mix(1 / process.scale(t)[:, None, None], F)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,20 +172,20 @@ def hop(process, F, m, t):
 
     One formula for SDE and ODE; for the SDE it is the paper's x + tau (v + tau F / 4).
     """
-    w, c = process.affine(t)
-    return (F - mix(w[None], m)) / float(c)
+    w, b = process.affine(t)
+    return (F - mix(w[None], m)) / float(b)
 
 
 def acceleration(process, x1, m, t):
     """The inverse of hop: the acceleration F (B, C, ...) that belongs to the data prediction x1."""
-    w, c = process.affine(t)
-    return mix(w[None], m) + float(c) * x1
+    w, b = process.affine(t)
+    return mix(w[None], m) + float(b) * x1
 
 
 def denoise(process, net, m, t, label=None):
     """One network call: E[x1 | m] at time t (a number)."""
     out = net(m, torch.full((len(m),), float(t), dtype=m.dtype, device=m.device), label)
-    return hop(process, float(process.scale(t)) * out, m, t)
+    return hop(process, float(process.scale(t)) * out.to(m), m, t)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +211,7 @@ def last_time(process, nfe):
 def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
     """SDE, Euler-Maruyama. t_end: time of the last call (default `last_time`); randn(x): unit noise shaped like x."""
     sde, m = replace(process, sde=True), m0
-    ts = grid(process, nfe, rho, t_end or last_time(process, nfe))
+    ts = grid(process, nfe, rho, last_time(process, nfe) if t_end is None else t_end)
     for t, t_next in pairwise(ts):
         h = t_next - t
         F = acceleration(sde, denoise(process, net, m, t, label), m, t)
@@ -219,9 +222,12 @@ def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn
 
 def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
     """SDE, symmetric splitting (the paper's SSS): half a step of free motion with noise, the kick v += h F with F at
-    mid-step, half a step of free motion. t_end: end of the last step (default t1); the last call is at its middle."""
+    mid-step, half a step of free motion. First order in law: F contains v, and the kick is an Euler step.
+
+    t_end: end of the last step (default t1); the last call is at its middle.
+    """
     sde, m = replace(process, sde=True), m0
-    ts = grid(process, nfe + 1, rho, t_end or process.t1) if nfe > 0 else grid(process, nfe, rho, process.t1)
+    ts = grid(process, nfe + 1 if nfe > 0 else nfe, rho, process.t1 if t_end is None else t_end)
     for i in range(nfe):
         h, middle = ts[i + 1] - ts[i], (ts[i] + ts[i + 1]) / 2
         m = free_motion(process, m, ts[i], h / 2, randn)
@@ -239,28 +245,34 @@ def free_motion(process, m, t, h, randn):
     vv = p2 * (tau**2 * h - tau * h**2 + h**3 / 3)
     xv = p2 * (tau**2 * h**2 / 2 - tau * h**3 / 3 + h**4 / 12)
     xx = p2 * (tau**2 * h**3 / 3 - tau * h**4 / 6 + h**5 / 30)
-    L = torch.linalg.cholesky(torch.tensor([[vv, xv], [xv, xx]], dtype=torch.float64)).flip(0)  # rows x, v
-    return mix(torch.tensor([[1.0, h], [0.0, 1.0]]), m) + mix(L, randn(m))
+    L = torch.linalg.cholesky(torch.tensor([[vv, xv], [xv, xx]], dtype=torch.float64)).flip(0)  # built as v, x
+    return drift(m, h) + mix(L, randn(m))
+
+
+def drift(m, h):
+    """The exact flow of dx = v dt."""
+    return mix(torch.tensor([[1.0, h], [0.0, 1.0]], dtype=torch.float64), m)
 
 
 def exponential(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
     """Probability-flow ODE, exponential Adams-Bashforth: N = F/s of the last `order` (1-4) calls is extrapolated over
     the step, x += h v + int (t + h - u) s(u) N(u) du, v += int s(u) N(u) du, by Gauss-Legendre.
 
-    The first steps have fewer calls to extrapolate; rho = 2 makes them short, which keeps orders 3 and 4 useful.
-    t_end: time of the last call (default `last_time`; the paper: rho = 2, t_end = .4/.7/.9 for nfe 5/10/20).
+    The first steps have fewer calls to extrapolate. With equal steps (rho = 1) their error keeps the whole at second
+    order; rho = 2 makes them so short that orders 3 and 4 show. t_end: time of the last call (default `last_time`;
+    the paper: rho = 2, t_end = .4/.7/.9 for nfe 5/10/20).
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
     ode, m, past = replace(process, sde=False), m0, []  # past: (t, N) of the last calls
-    ts = grid(process, nfe, rho, t_end or last_time(process, nfe))
+    ts = grid(process, nfe, rho, last_time(process, nfe) if t_end is None else t_end)
     for t, t_next in pairwise(ts):
         F = acceleration(ode, denoise(process, net, m, t, label), m, t)
         past = [*past, (t, F / float(ode.scale(t)))][-order:]
         u, du = gauss_legendre(t, t_next)
-        m = mix(torch.tensor([[1.0, t_next - t], [0.0, 1.0]]), m)
+        m, s = drift(m, t_next - t), ode.scale(u)
         for i, (_, N) in enumerate(past):
-            force = du * ode.scale(u) * lagrange([s for s, _ in past], i, u)
+            force = du * s * lagrange([time for time, _ in past], i, u)
             m = m + mix(torch.stack([((t_next - u) * force).sum(), force.sum()])[:, None], N)
     return denoise(process, net, m, ts[-1], label)
 

@@ -1,0 +1,137 @@
+"""Draws samples from a checkpoint: samples.png to look at, samples.npz to measure.
+
+python sample.py                                   the newest run under runs/, 64 samples, 20 network calls
+python sample.py --ckpt runs/agm-digits/ckpt.pt --sampler splitting --nfe 50 --n 1000 --out samples
+"""
+
+import argparse
+import inspect
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from train import build, load_checkpoint, make_folder, newest_checkpoint, pick_device, run
+
+OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "order"}  # command line -> the sampler's keyword
+
+
+def parser():
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("--ckpt", help="checkpoint; default: the newest under runs/")
+    p.add_argument("--nfe", type=int, default=20, help="network calls a sample")
+    p.add_argument("--n", type=int, help="how many samples; default: 64 images or 10,000 points")
+    p.add_argument("--sampler", help="AGM: exponential, splitting, em; HOLD: ode, strang, lie, em; default: the first")
+    p.add_argument("--rho", type=float, help="exponent of the sampler's time grid; default: the sampler's")
+    p.add_argument("--t-end", type=float, help="time of the last call (splitting: end of the last step)")
+    p.add_argument("--multistep", type=int, help="exponential, ode: how many calls are extrapolated, 1-4")
+    p.add_argument("--seed", type=int, default=0, help="sample i is the same for every --n and --batch")
+    p.add_argument("--batch", type=int, default=256, help="samples at a time")
+    p.add_argument("--raw", action="store_true", help="draw with the raw weights, not with their average (EMA)")
+    p.add_argument("--method", choices=["agm", "hold"], help="refuse any other kind of checkpoint")
+    p.add_argument("--order", type=int, help="refuse a HOLD checkpoint of another order")
+    p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the first that is there")
+    p.add_argument("--out", help="folder for the results; default: the checkpoint's")
+    return p
+
+
+class Noise:
+    """Unit noise with one generator an image, so that image i does not depend on the batch it is drawn in."""
+
+    def __init__(self, seed, indices):
+        self.generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in indices]
+
+    def prior(self, process, shape):
+        return torch.cat([process.prior((1, *shape), g) for g in self.generators])
+
+    def __call__(self, like):
+        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators]).to(like)
+
+
+def restore(path, device, raw=False):
+    """Checkpoint -> (config, method module, process, net in eval mode)."""
+    ckpt = load_checkpoint(path)
+    method, process, net = build(ckpt["config"])
+    try:
+        net.load_state_dict(ckpt["net" if raw else "ema"])
+    except RuntimeError:
+        raise data.DataError(f"{path} does not fit the net that its config describes: train again") from None
+    return ckpt["config"], method, process, net.to(device).eval()
+
+
+def sampler_options(method, args):
+    """The sampler by name, with the options it takes; one that it does not take is refused."""
+    name = args.sampler or next(iter(method.SAMPLERS))
+    if name not in method.SAMPLERS:
+        raise data.DataError(f"no sampler {name!r} for this method: choose from {', '.join(method.SAMPLERS)}")
+    sampler = method.SAMPLERS[name]
+    takes, options = inspect.signature(sampler).parameters, {}
+    for flag, keyword in OPTIONS.items():
+        if getattr(args, flag) is not None:
+            if keyword not in takes:
+                raise data.DataError(f"sampler {name} has no --{flag.replace('_', '-')}: leave it out")
+            options[keyword] = getattr(args, flag)
+    return name, sampler, options
+
+
+@torch.no_grad()
+def draw(sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", **options):
+    """n samples (n, *shape) on the CPU, drawn `batch` at a time."""
+    out, stochastic = [], "randn" in inspect.signature(sampler).parameters
+    for i in range(0, n, batch):
+        noise = Noise(seed, range(i, min(i + batch, n)))
+        extra = {"randn": noise} if stochastic else {}
+        m0 = noise.prior(process, shape).to(device)
+        out.append(sampler(process, net, m0, nfe, **options, **extra).float().cpu())
+    return torch.cat(out)
+
+
+def sample(args):
+    for key in ("nfe", "n", "batch"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise data.DataError(f"--{key} must be at least 1, got {getattr(args, key)}")
+    path, device = Path(args.ckpt) if args.ckpt else newest_checkpoint(), pick_device(args.device)
+    config, method, process, net = restore(path, device, args.raw)
+    for key, asked in (("method", args.method), ("order", args.order)):
+        if asked is not None and (config[key] != asked or (key == "order" and config["method"] != "hold")):
+            trained = config["method"] + (f" of order {config['order']}" if config["method"] == "hold" else "")
+            raise data.DataError(f"{path} was trained as {trained}: leave out --{key} {asked}, or name another --ckpt")
+    name, sampler, options = sampler_options(method, args)
+    out = Path(args.out) if args.out else path.parent
+    make_folder(out)
+
+    calls = 0
+
+    def counted(m, t, label=None):
+        nonlocal calls
+        calls += 1
+        return net(m, t, label)
+
+    shape = tuple(config["shape"])
+    is_image = len(shape) == 3
+    n = args.n or (64 if is_image else 10000)
+    start = time.time()
+    x = draw(sampler, process, counted, shape, n, args.nfe, args.seed, args.batch, device, **options)
+    seconds = time.time() - start
+    array = data.Dataset.to_pixels(x) if is_image else (x * config["scale"] + torch.tensor(config["shift"])).numpy()
+    data.save_picture(out / "samples.png", array, is_image)
+    with open(out / "samples.npz.tmp", "wb") as f:
+        np.savez_compressed(f, arr_0=array)
+    os.replace(out / "samples.npz.tmp", out / "samples.npz")
+    batches = -(-n // args.batch)
+    print(f"{n} samples from {path} (step-{config['steps']} run of {config['method']} on {config['data']})")
+    print(f"sampler {name} {options or ''} NFE {calls // batches} seconds/sample {seconds / n:.5f} on {device}")
+    print(f"wrote {out / 'samples.png'} and {out / 'samples.npz'}")
+
+
+def main(argv=None):
+    run(lambda: sample(parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    main()

@@ -59,10 +59,16 @@ class AGM:
     t1: float = 0.999  # last time of training, and the latest a sampler may ask the network about
     n: ClassVar[int] = 2  # blocks of the state
     T: ClassVar[float] = 1.0  # end of time
+    t_data: ClassVar[float] = 1.0  # where on it the data are
 
     def __post_init__(self):
         if not (self.p > 0 and abs(self.k) < 1 and 0 < self.t0 < self.t1 < 1):
             raise ValueError(f"AGM wants p > 0, |k| < 1 and 0 < t0 < t1 < 1, got {self}")
+
+    @property
+    def t_range(self):
+        """First and last time a network is asked about."""
+        return self.t0, self.t1
 
     def modes(self, t):
         """tau (...) and C (..., 2, 2), the covariance of the two mode amplitudes."""
@@ -204,8 +210,8 @@ def grid(process, n, rho, t_end):
 
 
 def last_time(process, nfe):
-    """Where the last of nfe calls falls by default: half a mean step before the data."""
-    return min(1 - 0.5 / max(nfe, 1), process.t1)
+    """Where the last of nfe calls falls by default: one and a half mean steps before the data, which the hop covers."""
+    return min(1 - 1.5 / max(nfe, 2), process.t1)
 
 
 def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):

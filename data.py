@@ -69,6 +69,11 @@ class Dataset:
         return tuple(self.train.shape[1:])
 
     @property
+    def bound(self):
+        """The largest |value| that a network may meet in the data."""
+        return 1.0 if self.is_image else 1.1 * float(((self.train - self.shift) / self.scale).abs().max())
+
+    @property
     def is_image(self):
         return self.train.dtype == torch.uint8
 
@@ -193,8 +198,8 @@ def array_file(path, name):
         raise DataError(f"{path} has dtype {array.dtype}: convert images to uint8 (0..255), points to float32")
     if not is_image and array.ndim in (3, 4):
         raise DataError(f"{path} has float images {array.shape}: convert them to uint8 (0..255)")
-    if not is_image and array.ndim != 2:
-        raise DataError(f"{path} has float shape {array.shape}: points must be (N, D)")
+    if not is_image and (array.ndim != 2 or array.shape[1] < 2):
+        raise DataError(f"{path} has float shape {array.shape}: points must be (N, D) with D at least 2")
     if labels is not None and (labels.shape != array.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
         raise DataError(f"{path} has bad labels: they must be {len(array)} integers >= 0, one for each sample")
 
@@ -221,13 +226,12 @@ def read_array(path):
     if not path.is_file():
         raise DataError(f"no file {path}: give the path of an existing .npy or .npz file")
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded, None
-        with loaded:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded, None
             keys = [key for key in ("arr_0", "images", "x", *loaded) if key in loaded and key != "labels"]
-            labels = loaded["labels"] if "labels" in loaded else None
-            array = loaded[keys[0]] if keys else np.empty(0)
+            array, labels = loaded[keys[0]] if keys else np.empty(0), loaded.get("labels")
     except Exception as error:  # numpy and zipfile raise a dozen kinds; all mean the same here
         raise DataError(f"cannot read {path} ({why(error)}): write it again with numpy.save or numpy.savez") from None
     if not all(isinstance(a, np.ndarray) for a in (array, labels) if a is not None):
@@ -271,16 +275,15 @@ def cifar10(data_dir):
     root = Path(data_dir).expanduser() if data_dir else cache_dir()
     folder = next((f for f in (root, root / folder_name) if (f / CIFAR10_TEST).is_file()), None)
     archive = root if root.is_file() else root / archive_name
-    if data_dir is None and not archive.is_file():
-        download(CIFAR10_URL, CIFAR10_MD5, archive)
-    if data_dir is not None and not root.exists():
-        raise DataError(f"no {root}: --data-dir must be an existing folder or {archive_name}")
     if folder:
         files = {path.name: path.read_bytes() for path in folder.glob("*.bin")}
-    elif archive.is_file():
-        files = read_tar(archive)
     else:
-        raise DataError(f"{root} has neither {archive_name} nor {folder_name}/: give --data-dir a folder that has one")
+        if data_dir is None and not archive.is_file():
+            download(CIFAR10_URL, CIFAR10_MD5, archive)
+        if not archive.is_file():
+            state = "has neither" if root.exists() else "does not exist: want a folder with"
+            raise DataError(f"--data-dir {root} {state} {archive_name} or {folder_name}/; {CIFAR10_URL} has it")
+        files = read_tar(archive)
     where = folder or archive
     train, train_labels = cifar_records(files, CIFAR10_TRAIN, where)
     test, test_labels = cifar_records(files, [CIFAR10_TEST], where)
@@ -290,10 +293,14 @@ def cifar10(data_dir):
 def read_tar(path):
     """{name: content} of the .bin files of a tar.gz, in memory: nothing is unpacked to disk."""
     try:
-        with tarfile.open(path, "r:gz") as tar:
-            return {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile() and m.name.endswith(".bin")}
+        with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            members = (m for m in tar if m.isfile() and m.name.endswith(".bin"))
+            files = {Path(m.name).name: tar.extractfile(m).read() for m in members}
+            while file.read(1 << 20):  # tarfile stops early, and gzip checks its CRC only at the very end
+                pass
+            return files
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({why(error)}): delete it and fetch {CIFAR10_URL} again") from None
+        raise DataError(f"{path} is damaged ({why(error)}): replace it by {CIFAR10_URL}") from None
 
 
 def cifar_records(files, names, where):
@@ -323,8 +330,7 @@ def download(url, md5, target):
         raise DataError(f"download failed ({why(error)}): run again to resume, or {by_hand}") from None
     if done < total:
         raise DataError(f"download stopped at {done} of {total} bytes: run again to resume, or {by_hand}")
-    with part.open("rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
+    found = hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest()
     if found != md5:
         part.unlink()
         raise DataError(f"{url} came with MD5 {found}, wanted {md5}; removed it: run again, or {by_hand}")
@@ -338,18 +344,21 @@ def fetch(url, part):
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
+        error.close()
         if done and error.code == 416:  # nothing is left to send: the MD5 decides
             return done, done
         raise
     with response:
         done = done if response.status == 206 else 0  # 200: the server ignores Range and starts over
         total = done + int(response.headers.get("Content-Length") or 0)
-        with part.open("ab" if done else "wb") as file:
-            while block := response.read(1 << 20):
-                file.write(block)
-                done += len(block)
-                sys.stderr.write(f"\r{url}: {done / 1e6:.1f} of {total / 1e6:.1f} MB")
-            sys.stderr.write("\n")
+        try:
+            with part.open("ab" if done else "wb") as file:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    done += len(block)
+                    sys.stderr.write(f"\r{url}: {done / 1e6:.1f} of {total / 1e6:.1f} MB")
+        finally:
+            sys.stderr.write("\n")  # an error message starts its own line
     return done, total
 
 
@@ -391,20 +400,19 @@ def write_png(path, array):
 
 
 def image_grid(images, columns=None, border=1, scale=None):
-    """uint8 images (N, H, W, C) side by side -> (H', W') or (H', W', 3), grey lines of `border` pixels between them.
+    """uint8 images (N, H, W, C) side by side -> (H', W') or (H', W', 3), grey lines of `border` image pixels between.
 
-    scale: whole enlargement factor; by default small images grow towards 64 pixels (8x8: 8 times, 32x32: twice).
+    scale: whole enlargement factor; by default small images grow to about 64 pixels (8x8: 8 times, 32x32: twice).
     """
     n, h, w, c = images.shape
     scale = scale or max(1, 64 // max(h, w))
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    h, w = h * scale, w * scale
     cells = np.full((rows * columns, h + border, w + border, c), 128, np.uint8)
-    cells[:n, :h, :w] = images.repeat(scale, 1).repeat(scale, 2)
-    cells[n:] = 255
+    cells[:n, :h, :w] = images
     grid = cells.reshape(rows, columns, h + border, w + border, c).swapaxes(1, 2)
-    grid = grid.reshape(rows * (h + border), columns * (w + border), c)[: -border or None, : -border or None]
+    grid = grid.reshape(rows * (h + border), columns * (w + border), c)
+    grid = grid[: len(grid) - border, : grid.shape[1] - border].repeat(scale, 0).repeat(scale, 1)
     return grid[..., 0] if c == 1 else grid
 
 

@@ -1,7 +1,7 @@
 """The two networks: a residual MLP for points, a small UNet for images. Both are called as net(m, t, label=None).
 
     m      state, (B, in_dim) for the MLP, (B, in_channels, H, W) for the UNet
-    t      process time, (B,), in [0, T]; T = 1 for AGM, HOLD's own T for HOLD
+    t      process time, (B,), in [0, T]; the data are at t_data, which is T = 1 for AGM and 0 for HOLD
     label  None or class numbers (B,), int64; only for a net built with classes > 0
 
 Either returns one value per data dimension. The last layer starts at zero, so an untrained net predicts 0.
@@ -15,22 +15,21 @@ from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 
 class TimeEmbedding(nn.Module):
-    """Time and optional class -> (B, width). The time enters as the clock u = log((t + d) / (T - t + d)), d = 1e-4 T.
+    """Time and optional class -> (B, width). The time enters as u = log(|t - t_data| / T + 1e-6), in [-13.8, 0].
 
-    Near both ends of time u is linear in the log of the distance to that end, as log SNR is, and it stays within
-    +-9.3: for AGM 2u is log SNR up to a bounded term, for HOLD near the data -(2 order - 1) u is.
+    Near the data u is log SNR up to a factor and a constant (-2u for AGM, -(2 order - 1) u for HOLD); near the prior,
+    where little happens, it is smooth in t.
     """
 
-    def __init__(self, width, T=1.0, classes=0):
+    def __init__(self, width, T=1.0, t_data=1.0, classes=0):
         super().__init__()
-        self.T, self.classes = T, classes
+        self.T, self.t_data, self.classes = T, t_data, classes
         self.register_buffer("freq", torch.logspace(math.log10(0.1), math.log10(4.0), 16), persistent=False)
         self.layers = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width) if classes else None  # the last row means "no class"
 
     def forward(self, t, label=None):
-        d = 1e-4 * self.T
-        u = torch.log((t + d) / (self.T - t + d))[:, None] * self.freq.to(t)  # (B, 16)
+        u = torch.log((t - self.t_data).abs() / self.T + 1e-6)[:, None] * self.freq.to(t)  # (B, 16)
         e = self.layers(torch.cat([u.sin(), u.cos()], 1).to(self.layers[0].weight))  # (B, width)
         if self.label is not None:
             e = e + self.label(torch.full_like(t, self.classes, dtype=torch.long) if label is None else label)
@@ -42,9 +41,9 @@ class TimeEmbedding(nn.Module):
 class MLP(nn.Module):
     """Residual MLP, time added at every layer. 20 x 128 (0.35M parameters) is what published 2-D studies use."""
 
-    def __init__(self, in_dim, out_dim, width=128, depth=20, T=1.0, classes=0):
+    def __init__(self, in_dim, out_dim, width=128, depth=20, T=1.0, t_data=1.0, classes=0):
         super().__init__()
-        self.time = TimeEmbedding(width, T, classes)
+        self.time = TimeEmbedding(width, T, t_data, classes)
         self.first = nn.Linear(in_dim, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.last = zero(nn.Linear(width, out_dim))
@@ -66,11 +65,21 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, in_channels, out_channels, width=64, mult=(1, 2), blocks=2, attention=(), dropout=0.0, T=1.0, classes=0
+        self,
+        in_channels,
+        out_channels,
+        width=64,
+        mult=(1, 2),
+        blocks=2,
+        attention=(),
+        dropout=0.0,
+        T=1.0,
+        t_data=1.0,
+        classes=0,
     ):
         super().__init__()
         self.factor = 2 ** (len(mult) - 1)
-        self.time = TimeEmbedding(4 * width, T, classes)
+        self.time = TimeEmbedding(4 * width, T, t_data, classes)
         self.first = nn.Conv2d(in_channels, width, 3, padding=1)
 
         def block(c_in, c_out, level):

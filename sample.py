@@ -2,10 +2,12 @@
 
 python sample.py                                   the newest run under runs/, 64 samples, 20 network calls
 python sample.py --ckpt runs/agm-digits/ckpt.pt --sampler splitting --nfe 50 --n 1000 --out samples
+python sample.py --ckpt runs/hold-digits/ckpt.pt --nll        HOLD: likelihood bound on the held-out data
 """
 
 import argparse
 import inspect
+import math
 import os
 import time
 from pathlib import Path
@@ -35,6 +37,10 @@ def parser():
     p.add_argument("--raw", action="store_true", help="draw with the raw weights, not with their average (EMA)")
     p.add_argument("--method", choices=["agm", "hold"], help="refuse any other kind of checkpoint")
     p.add_argument("--order", type=int, help="refuse a HOLD checkpoint of another order")
+    p.add_argument("--nll", action="store_true", help="HOLD: bound the likelihood of held-out data, draw nothing")
+    p.add_argument("--tol", type=float, default=1e-4, help="nll: error tolerance of the ODE solver")
+    p.add_argument("--data", help="nll: another data set or file than the checkpoint's")
+    p.add_argument("--data-dir", help="nll: folder or archive of the data set")
     p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the first that is there")
     p.add_argument("--out", help="folder for the results; default: the checkpoint's")
     return p
@@ -101,6 +107,8 @@ def sample(args):
         if asked is not None and (config[key] != asked or (key == "order" and config["method"] != "hold")):
             trained = config["method"] + (f" of order {config['order']}" if config["method"] == "hold" else "")
             raise data.DataError(f"{path} was trained as {trained}: leave out --{key} {asked}, or name another --ckpt")
+    if args.nll:
+        return print_nll(args, config, method, process, net, device)
     name, sampler, options = sampler_options(method, args)
     out = Path(args.out) if args.out else path.parent
     make_folder(out)
@@ -127,6 +135,40 @@ def sample(args):
     print(f"{n} samples from {path} (step-{config['steps']} run of {config['method']} on {config['data']})")
     print(f"sampler {name} {options or ''} NFE {calls // batches} seconds/sample {seconds / n:.5f} on {device}")
     print(f"wrote {out / 'samples.png'} and {out / 'samples.npz'}")
+
+
+def print_nll(args, config, method, process, net, device):
+    """Mean and standard error of the negative log-likelihood bound over the held-out data, or its first --n samples.
+
+    Images: bits per dimension of the 8-bit values, which uniform noise of one grey level makes continuous (its mean is
+    again a bound). Points: nats per point, in the units of the data.
+    """
+    if not hasattr(method, "log_likelihood_bound"):
+        raise data.DataError("--nll needs a HOLD checkpoint: there is no likelihood for AGM here")
+    if not args.tol > 0:
+        raise data.DataError(f"--tol must be positive, got {args.tol}")
+    dataset = data.load(args.data or config["data"], args.data_dir or config["data_dir"])
+    if list(dataset.shape) != config["shape"]:
+        raise data.DataError(f"{dataset.name} has shape {dataset.shape}, the checkpoint {tuple(config['shape'])}")
+    held_out = dataset.test[: args.n]
+    if len(held_out) < 2:
+        raise data.DataError(f"{dataset.name} holds out {len(held_out)} samples: a mean and its error need at least 2")
+    torch.manual_seed(args.seed)
+    start, nats = time.time(), []
+    for batch in held_out.split(args.batch):
+        x = batch.to(device, torch.float32)
+        if dataset.is_image:
+            x, log_unit = (x + torch.rand_like(x) - 0.5) / 127.5 - 1, math.log(127.5)
+        else:
+            x, log_unit = (x - torch.tensor(config["shift"]).to(x)) / config["scale"], math.log(config["scale"])
+        nats.append(log_unit * x[0].numel() - method.log_likelihood_bound(process, net, x, tol=args.tol).double().cpu())
+    nll, unit = torch.cat(nats), "nats/point"
+    if dataset.is_image:
+        nll, unit = nll / (held_out[0].numel() * math.log(2)), "bits/dim"
+    print(
+        f"negative log-likelihood <= {nll.mean():.4f} +- {nll.std() / len(nll) ** 0.5:.4f} {unit} (standard error over "
+        f"{len(nll)} held-out samples of {dataset.name}), {(time.time() - start) / 60:.1f} minutes on {device}"
+    )
 
 
 def main(argv=None):

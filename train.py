@@ -144,11 +144,14 @@ def check(config):
 def build(config):
     """config -> (method module, process, net). The config is a checkpoint's, or that of a new run with its `shape`."""
     method, (C, *size) = METHODS[config["method"]], config["shape"]
-    process = method.HOLD(order=config["order"]) if config["method"] == "hold" else method.AGM(sde=config["sde"])
+    if config["method"] == "hold":
+        process = method.HOLD(order=config["order"], bound=config["bound"])
+    else:
+        process = method.AGM(sde=config["sde"])
     if not size:
-        return method, process, nets.MLP(process.n * C, C, config["width"], config["blocks"], process.T)
+        return method, process, nets.MLP(process.n * C, C, config["width"], config["blocks"], process.T, process.t_data)
     keys = ("width", "mult", "blocks", "attention", "dropout")
-    net = nets.UNet(process.n * C, C, **{k: config[k] for k in keys}, T=process.T)
+    net = nets.UNet(process.n * C, C, **{k: config[k] for k in keys}, T=process.T, t_data=process.t_data)
     return method, process, net.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
 
@@ -243,7 +246,7 @@ def draw_picture(path, method, process, ema, dataset, device, n_images=64, n_poi
 def train(config, ckpt=None):
     device = pick_device(config["device"])
     dataset = data.load(config["data"], config["data_dir"], config["flip"]).to(device)
-    units = {"shift": torch.as_tensor(dataset.shift).tolist(), "scale": dataset.scale}
+    units = {"shift": torch.as_tensor(dataset.shift).tolist(), "scale": dataset.scale, "bound": dataset.bound}
     config = {**config, "shape": list(dataset.shape), **units}  # all that sample.py needs
     out = Path(config["out"]) if ckpt else open_folder(config)
     config["out"] = str(out)
@@ -278,7 +281,7 @@ def train(config, ckpt=None):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config["clip"])
         if not torch.isfinite(norm):
-            where = f"step {step + 1}, t in [{process.t0:g}, {process.t1:g}]"
+            where = f"step {step + 1}, t in {process.t_range}"
             raise data.DataError(
                 f"loss {loss.item():g} and gradient norm {norm.item():g} at {where}: lower --lr or --clip; "
                 f"{out / 'ckpt.pt'}, if there is one, holds the last good weights"

@@ -132,7 +132,7 @@ def sample(args):
         np.savez_compressed(f, arr_0=array)
     os.replace(out / "samples.npz.tmp", out / "samples.npz")
     batches = -(-n // args.batch)
-    print(f"{n} samples from {path} (step-{config['steps']} run of {config['method']} on {config['data']})")
+    print(f"{n} samples from {path} ({config['method']} on {config['data']})")
     print(f"sampler {name} {options or ''} NFE {calls // batches} seconds/sample {seconds / n:.5f} on {device}")
     print(f"wrote {out / 'samples.png'} and {out / 'samples.npz'}")
 

@@ -306,7 +306,7 @@ def agm_law(name, nfe, process):
 
 @pytest.mark.parametrize("name", ["em", "splitting"])
 def test_sde_samplers_converge_in_law(name):
-    """Weak order one, with no Monte Carlo error: the kick is an Euler step, so the symmetry of `splitting` adds none."""
+    """Weak order one, no Monte Carlo error; the kick is an Euler step, so the symmetry of `splitting` adds nothing."""
     process = AGM(t0=1e-9)  # the law above starts at t = 0
     e = np.array([np.subtract(*agm_law(name, nfe, process)) for nfe in (24, 48)])
     assert np.abs(np.log2(e[0] / e[1]) - 1).max() < 0.3, e
@@ -1159,15 +1159,15 @@ def test_em_converges_weakly_at_order_1():
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_ode_orders(n):
-    """The exact law on Gaussian data is known; the variance's error has slopes 1 and 2, and where the first
-    steps are short (rho = 1.5) every higher order is better at every number of calls."""
-    P, calls = HOLD(order=n), [20, 40]
+    """The exact law on Gaussian data is known. The variance's error has slopes 1 and 2; orders 3 and 4 have a smaller
+    one than order 2, as 2 has than 1, at every number of calls."""
+    P, calls = HOLD(order=n), [10, 20, 40]
     t_end = P.time_of(100.0)
     for order in (1, 2):
         error = law_errors(P, "ode", [40, 80], t_end=t_end, order=order)[:, 1]
         assert abs(math.log2(error[0] / error[1]) - order) < 0.3
-    error = torch.stack([law_errors(P, "ode", calls, t_end=t_end, order=k, rho=1.5)[:, 1] for k in (1, 2, 3, 4)])
-    assert bool((error[1:] < error[:-1]).all()), error
+    error = torch.stack([law_errors(P, "ode", calls, t_end=t_end, order=k)[:, 1] for k in (1, 2, 3, 4)])
+    assert bool((error[1] < error[0]).all() and (error[2:] < error[1]).all()), error
 
 
 def test_ode_is_exact_for_a_constant_prediction():
@@ -2159,7 +2159,7 @@ def test_learning_rate_and_ema():
 def test_training_learns(folder, method):
     """Two thousand samples of a toy run have the data's mean and spread: far from the prior's, and from zero's."""
     np.save("blob.npy", (5 + 0.5 * np.random.default_rng(0).standard_normal((500, 2)) * [1, 3]).astype("f4"))
-    options = "--data blob.npy --steps 400 --batch 128 --width 32 --blocks 3 --lr 3e-3 --out run".split()
+    options = "--data blob.npy --steps 800 --batch 128 --width 64 --blocks 4 --lr 3e-3 --out run".split()
     train.main(["--method", method, *options])
     sample.main("--ckpt run/ckpt.pt --n 2000 --nfe 20".split())
     x = np.load("run/samples.npz")["arr_0"]

@@ -168,9 +168,9 @@ def load_checkpoint(path, device="cpu"):
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise data.DataError(f"no checkpoint at {path}: train first, or name one") from None
-    except OSError as e:
-        raise data.DataError(f"cannot read {path}: {e.strerror or e}") from None
-    except Exception:  # torch.load raises anything from EOFError to UnpicklingError on a damaged file
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as e:
+        raise data.DataError(f"cannot read {path}: {e.strerror}") from None
+    except Exception:  # torch.load raises anything from OSError to UnpicklingError on a damaged file
         raise data.DataError(f"{path} is cut short, or not a checkpoint: train again, or name another") from None
     missing = {"config", "net", "ema", "optimizer", "step", "rng"} - set(ckpt if isinstance(ckpt, dict) else ())
     if missing or not {"method", "shape", "data"} <= set(ckpt["config"]):
@@ -247,6 +247,8 @@ def train(config, ckpt=None):
     device = pick_device(config["device"])
     dataset = data.load(config["data"], config["data_dir"], config["flip"]).to(device)
     units = {"shift": torch.as_tensor(dataset.shift).tolist(), "scale": dataset.scale, "bound": dataset.bound}
+    if ckpt and list(dataset.shape) != config["shape"]:
+        raise data.DataError(f"{dataset.name} has shape {dataset.shape}, the run {config['shape']}: start a new run")
     config = {**config, "shape": list(dataset.shape), **units}  # all that sample.py needs
     out = Path(config["out"]) if ckpt else open_folder(config)
     config["out"] = str(out)

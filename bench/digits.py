@@ -2,7 +2,7 @@
 
     python bench/digits.py --ckpt runs/agm-digits/ckpt.pt --nfe 5 10 20
 
-Pixels lie in [-1, 1]. `all`, `train` and `held-out` are the Fréchet distances of --n samples to all 1,797 digits, to the
+Pixels lie in [-1, 1]. `all`, `train`, `held-out` are the Fréchet distances of --n samples to all 1,797 digits, to the
 four fifths that were trained on and to the fifth that was held out; `nearest` is the mean distance from a sample to its
 nearest training digit. The first rows are the data's own: as many digits as samples (half of all at most) against the
 others, train against held-out, and the nearest training digit of a held-out one. A sampler that memorised would come

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import data
-from train import build, load_checkpoint, make_folder, newest_checkpoint, pick_device, run
+from train import build, load_checkpoint, make_folder, newest_checkpoint, pick_device, refuse, run
 
 OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "order"}  # command line -> the sampler's keyword
 
@@ -43,6 +43,7 @@ def parser():
     p.add_argument("--data-dir", help="nll: folder or archive of the data set")
     p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the first that is there")
     p.add_argument("--out", help="folder for the results; default: the checkpoint's")
+    p.error = refuse
     return p
 
 

@@ -69,8 +69,8 @@ PRESETS = {
 }
 
 
-def parser(preset, config=None):
-    """The command line. Defaults are those of the preset; a resumed run's own come from its checkpoint."""
+def parser(preset):
+    """The command line; the defaults are those of the preset."""
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
@@ -99,7 +99,13 @@ def parser(preset, config=None):
     p.add_argument("--log-every", type=int, default=50, help="updates between log lines")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out; default: the newest in runs/")
     p.set_defaults(**preset)
+    p.error = refuse
     return p
+
+
+def refuse(message):
+    """What argparse does with a bad option, in one line."""
+    sys.exit(f"error: {message}; --help shows the options")
 
 
 MAY_CHANGE = ("steps", "data_dir", "device", "out", "save_every", "log_every", "resume")  # when a run goes on
@@ -133,6 +139,11 @@ def check(config):
     for key, low, high in (("lr", 0, 1), ("clip", 0, math.inf), ("ema", 0, 1)):
         if not low < config[key] < high:
             raise data.DataError(f"--{key} must lie between {low} and {high}, got {config[key]}")
+    if config["warmup"] < 0:
+        raise data.DataError(f"--warmup must be at least 0, got {config['warmup']}")
+    if min(config["mult"], default=1) < 1 or not set(config["attention"]) <= set(range(len(config["mult"]))):
+        levels = f"--mult {config['mult']} with --attention {config['attention']}"
+        raise data.DataError(f"{levels}: mult must be at least 1, and attention name levels of it, from 0")
     if not 0 <= config["dropout"] < 1:
         raise data.DataError(f"--dropout must lie in [0, 1), got {config['dropout']}")
 

@@ -1170,6 +1170,19 @@ def test_ode_orders(n):
     assert bool((error[1] < error[0]).all() and (error[2:] < error[1]).all()), error
 
 
+def test_bound_keeps_the_data_prediction_in_range():
+    """A stray eps_n near T is a huge x; the bound stops it there and leaves every prediction within it alone."""
+    free, P = HOLD(), HOLD(bound=1.0)
+    m = torch.randn(50, 6, dtype=D, generator=torch.Generator().manual_seed(0))
+    for t in (P.T, 0.5):
+        x = hold_ref.denoise(free, lambda m, t, label=None: 0.3 * m[:, 4:], m, t)
+        kept = hold_ref.denoise(P, lambda m, t, label=None: 0.3 * m[:, 4:], m, t)
+        assert x.abs().max() > 1
+        assert gap(kept, x.clamp(-1, 1)) == 0
+    with pytest.raises(ValueError, match="bound"):
+        HOLD(bound=0.0)
+
+
 def test_ode_is_exact_for_a_constant_prediction():
     """Given x, z = kappa x + eps with eps at rest, however long the step; on the OU process that is DDIM."""
     torch.manual_seed(0)

@@ -66,8 +66,8 @@ class HOLD:
     alpha: float = 0.04  # the auxiliary blocks start with variance alpha L_inv, > 0
     T: float = 6.0  # last time of training and first of every sampler; SNR(T) < 1e-3 for all critical orders
     snr_max: float = 4e4  # SNR of t_min, first time of training and the latest a sampler may ask the network about
-    t_data: ClassVar[float] = 0.0  # where on the time axis the data are
     bound: float = math.inf  # largest |x| of the data (images: 1); data predictions are kept within it
+    t_data: ClassVar[float] = 0.0  # where on the time axis the data are
 
     def __post_init__(self):
         if not (isinstance(self.order, int) and self.order >= 1):

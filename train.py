@@ -28,7 +28,7 @@ METHODS = {"agm": agm_ref, "hold": hold_ref}
 # What each kind of data needs. Any of these is one flag away; `width` is the MLP's, or the UNet's first level's.
 PRESETS = {
     "points": dict(
-        steps=6000,  # sharp on every 2-D set here, in minutes on a CPU
+        steps=6000,  # minutes on a CPU; the spiral is still a little blurred
         batch=512,  # fresh points are free, large batches steady the loss
         lr=1e-3,  # the cosine decay to zero makes this safe
         width=128,  # with 20 layers the size that published 2-D studies use

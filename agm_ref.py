@@ -18,7 +18,11 @@ have led to m, in which that score becomes grad_v log p(m). Either F is affine i
 
     F = 4 tau^2 x1 + r . eps     or, the same in terms of the state,     F = w . m + b x1,    w = L^-T r,
 
-so a prediction of F is one of E[x1 | m], and back (`hop`, `acceleration`).
+so a prediction of F is one of E[x1 | m], and back (`hop`, `acceleration`). All that m tells of x1 is one mirror of it,
+
+    y = x1 + sigma noise,    sigma = SNR^-1/2,    SNR = mean^T cov^-1 mean,    E[x1 | m] = E[x1 | y],
+
+so instead of F the network may learn to denoise y (param = "denoiser"); that network then serves every process.
 
     symbol   name here         meaning
     m        m                 state cat(x, v) on axis 1: (B, 2C, H, W) or (B, 2D)
@@ -28,7 +32,9 @@ so a prediction of F is one of E[x1 | m], and back (`hop`, `acceleration`).
     L_t      cholesky(t)       (..., 2, 2)  lower factor of Sigma_t
     r        gain(t)           (..., 2)     noise part of the target F
     s        scale(t)          (...)        |r|, so that F / s has unit variance at x1 = 0
-    F_theta  s * net(m, t)     what the network learns: net(m, t, label) -> (B, C, ...), t of shape (B,)
+    y        project(t)        w (..., 2) and SNR (...) with y / sigma = w . m
+    F_theta  s * net(m, t)     "paper": what the network learns, net(m, t, label) -> (B, C, ...), t of shape (B,)
+    D        precondition()    "denoiser": E[x1 | y] from net(c_in y, sigma / (1 + sigma), label)
 
 Coefficients are float64 tensors on the CPU whatever the state is; only their product with the state takes its dtype and
 device (`mix`). Data have unit scale: images in [-1, 1].
@@ -57,6 +63,8 @@ class AGM:
     sde: bool = False  # which acceleration the network learns: the SDE's, or the probability-flow ODE's
     t0: float = 1e-5  # first time of training and of every sampler
     t1: float = 0.999  # last time of training, and the latest a sampler may ask the network about
+    param: str = "paper"  # what the network learns: F / s from m ("paper"), or x1 from y ("denoiser")
+    sigma_data: float = 0.5  # standard deviation of the data, for the denoiser
     n: ClassVar[int] = 2  # blocks of the state
     T: ClassVar[float] = 1.0  # end of time
     t_data: ClassVar[float] = 1.0  # where on it the data are
@@ -64,6 +72,8 @@ class AGM:
     def __post_init__(self):
         if not (self.p > 0 and abs(self.k) < 1 and 0 < self.t0 < self.t1 < 1):
             raise ValueError(f"AGM wants p > 0, |k| < 1 and 0 < t0 < t1 < 1, got {self}")
+        if not (self.sigma_data > 0 and self.param in ("paper", "denoiser")):
+            raise ValueError(f"AGM wants sigma_data > 0 and param 'paper' or 'denoiser', got {self}")
 
     @property
     def t_range(self):
@@ -123,6 +133,13 @@ class AGM:
         w = torch.linalg.solve_triangular(self.cholesky(t).mT, self.gain(t)[..., None], upper=True)[..., 0]
         return w, 4 * tau**2 - (w * self.mean(t)).sum(-1)
 
+    def project(self, t):
+        """w (..., 2) and SNR (...), t > 0: y / sigma = w . m, where y = x1 + sigma noise is all that m tells of x1."""
+        L = self.cholesky(t)
+        kappa = torch.linalg.solve_triangular(L, self.mean(t)[..., None], upper=False)
+        w, snr = torch.linalg.solve_triangular(L.mT, kappa, upper=True)[..., 0], kappa.square().sum((-2, -1))
+        return w / snr.sqrt()[..., None], snr
+
     def prior(self, shape, generator=None):
         """(B, 2C, ...) float32 draw of the state at t = 0 for data of shape (B, C, ...), on the generator's device."""
         shape = (shape[0], 2 * shape[1], *shape[2:])
@@ -150,16 +167,30 @@ def mix(A, m):
 
 
 def loss(process, net, x, label=None):
-    """Weighted acceleration matching, E[(1 - t) |net(m, t) - F/s|^2] per data dimension, t uniform on [t0, t1].
+    """Weighted acceleration matching, E[(1 - t) |net(m, t) - F/s|^2] per data dimension, t uniform on [t0, t1]; or
+    `denoiser_loss`, with param = "denoiser".
 
     x: data (B, C, ...), unit scale. One t per image, stratified over the batch (each is uniform, together they spread).
     """
+    if process.param == "denoiser":
+        return denoiser_loss(process, net, x, label)
     B = len(x)
     u = (torch.arange(B) + torch.rand(B, dtype=torch.float64)) / B
     t = process.t0 + (process.t1 - process.t0) * u  # (B,)
     m, target = training_pair(process, x, t, torch.randn_like(torch.cat([x, x], 1)))
     error = net(m, t.to(x), label) - target
     return mix((1 - t)[:, None, None], error**2).mean()  # one weight an image
+
+
+def denoiser_loss(process, net, x, label=None):
+    """E[|D - x|^2 / c_out^2] per dimension, D the denoiser at y = x + sigma noise, ln sigma ~ N(-1.2, 1.2^2): this is
+    the same for every process. One sigma per image, stratified over the batch."""
+    B = len(x)
+    u = (torch.arange(B, dtype=torch.float64) + torch.rand(B, dtype=torch.float64)) / B
+    snr = torch.exp(-2 * (-1.2 + 1.2 * torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))))  # (B,)
+    y = mix(snr.sqrt()[:, None, None], x) + torch.randn_like(x)  # over sigma
+    error = precondition(process, net, y, snr, label) - x
+    return mix((1 / process.sigma_data**2 + snr)[:, None, None], error**2).mean()
 
 
 def training_pair(process, x, t, eps):
@@ -188,8 +219,23 @@ def acceleration(process, x1, m, t):
     return mix(w[None], m) + float(b) * x1
 
 
+def precondition(process, net, u, snr, label=None):
+    """EDM's denoiser (Karras et al. 2022, section 5): E[x | y] (B, C, ...) for y = x + sigma noise, sigma = SNR^-1/2.
+
+    u: y / sigma (B, C, ...); snr: (B,) float64. Unlike y, all that is used stays finite as SNR -> 0. The network sees
+    c_in y, of unit variance, and the time sigma / (1 + sigma): 0 at the data, 1 at pure noise.
+    """
+    s = process.sigma_data
+    c = (1 + s**2 * snr) ** -0.5  # (B,)
+    out = net(mix(c[:, None, None], u), (1 / (1 + snr.sqrt())).to(u), label).to(u)
+    return mix((s**2 * snr.sqrt() * c**2)[:, None, None], u) + mix((s * c)[:, None, None], out)  # c_skip y + c_out out
+
+
 def denoise(process, net, m, t, label=None):
     """One network call: E[x1 | m] at time t (a number)."""
+    if process.param == "denoiser":
+        w, snr = process.project(t)
+        return precondition(process, net, mix(w[None], m), snr.expand(len(m)), label)
     out = net(m, torch.full((len(m),), float(t), dtype=m.dtype, device=m.device), label)
     return hop(process, float(process.scale(t)) * out.to(m), m, t)
 

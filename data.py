@@ -74,6 +74,13 @@ class Dataset:
         return 1.0 if self.is_image else 1.1 * float(((self.train - self.shift) / self.scale).abs().max())
 
     @property
+    def std(self):
+        """The standard deviation of what a network meets, over samples and dimensions."""
+        some = self.train[:10000]
+        some = some.float() / 127.5 if self.is_image else (some - self.shift) / self.scale
+        return float(some.std(correction=0)) or 1.0
+
+    @property
     def is_image(self):
         return self.train.dtype == torch.uint8
 

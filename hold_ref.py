@@ -13,7 +13,12 @@ Given x the state is Gaussian, m = mean x + L eps. In whitened coordinates z = L
     z = kappa x + eps,    kappa = L^-1 mean,    SNR = |kappa|^2,    eps_n = z_n - kappa_n x,
 
 so a prediction of eps_n is a prediction of x and back (`hop`, `noise`), and the score of the last block, the only one
-that is needed, is -eps_n / L_nn. Two ways back, t falling:
+that is needed, is -eps_n / L_nn. All that m tells of x is one mirror of it,
+
+    y = x + sigma noise,    sigma = SNR^-1/2,    E[x | m] = E[x | y],
+
+so instead of eps_n the network may learn to denoise y (param = "denoiser"); that network then serves every process and
+order. Two ways back, t falling:
 
     SDE    dm = (F^T m + 2 xi e_n f) |dt| + sqrt(2 xi L_inv) e_n dW,    f = m_n + L_inv grad_n log p(m)
     ODE    dz = E[x | m] dkappa        (given x, z moves with kappa and eps stands still; average over x)
@@ -31,7 +36,9 @@ Gaussian does not notice: the probability flow turns the faster the higher the o
     L_t        cholesky(t)          (..., n, n)  lower factor of Sigma_t
     kappa      kappa(t)             (..., n)     L^-1 mean; |kappa|^2 is snr(t)
     lambda     clock(t)             (...)        log(1 + 10 sqrt(SNR)): training times and grids are even in it
-    eps_theta  net(m, t)            what the network learns: net(m, t, label) -> (B, C, ...), t of shape (B,)
+    y          project(t)           w (..., n) and SNR (...) with y / sigma = w . m
+    eps_theta  net(m, t)            "paper": what the network learns, net(m, t, label) -> (B, C, ...), t of shape (B,)
+    D          precondition()       "denoiser": E[x | y] from net(c_in y, sigma / (1 + sigma), label)
 
 Coefficients are float64 tensors on the CPU whatever the state is; only their product with the state takes its dtype and
 device (`mix`). Data have unit scale: images in [-1, 1].
@@ -67,6 +74,8 @@ class HOLD:
     T: float = 6.0  # last time of training and first of every sampler; SNR(T) < 1e-3 for all critical orders
     snr_max: float = 4e4  # SNR of t_min, first time of training and the latest a sampler may ask the network about
     bound: float = math.inf  # largest |x| of the data (images: 1); data predictions are kept within it
+    param: str = "paper"  # what the network learns: eps_n from m ("paper"), or x from y ("denoiser")
+    sigma_data: float = 0.5  # standard deviation of the data, for the denoiser and for `ode`
     t_data: ClassVar[float] = 0.0  # where on the time axis the data are
 
     def __post_init__(self):
@@ -79,8 +88,8 @@ class HOLD:
             raise ValueError(f"order {self.n} wants {self.n - 1} values of gamma (None: critical), got {self.gamma}")
         if not all(0 < v < math.inf for v in (*self.gamma, self.xi, self.L_inv, self.alpha, self.T, self.snr_max)):
             raise ValueError(f"HOLD wants gamma, xi, L_inv, alpha, T and snr_max positive and finite, got {self}")
-        if not self.bound > 0:
-            raise ValueError(f"bound is the largest |x| of the data and must be positive, got {self.bound}")
+        if not (self.bound > 0 and self.sigma_data > 0 and self.param in ("paper", "denoiser")):
+            raise ValueError(f"HOLD wants bound > 0, sigma_data > 0 and param 'paper' or 'denoiser', got {self}")
         snr = float(self.snr(self.T))
         if not 0 < snr < self.snr_max:
             fix = "raise T" if snr else "lower T"
@@ -175,6 +184,12 @@ class HOLD:
         w = torch.linalg.solve_triangular(self.cholesky(t).mT, e_n, upper=True)[..., 0]
         return w, -(w * self.mean(t)).sum(-1)
 
+    def project(self, t):
+        """w (..., n) and SNR (...), t > 0: y / sigma = w . m, where y = x + sigma noise is all that m tells of x."""
+        kappa, snr = self.kappa(t), self.snr(t)
+        w = torch.linalg.solve_triangular(self.cholesky(t).mT, kappa[..., None], upper=True)[..., 0]
+        return w / snr.sqrt()[..., None], snr
+
     def snr(self, t):
         """(...): mean^T cov^-1 mean, falling from infinity at t = 0."""
         return self.kappa(t).square().sum(-1)
@@ -238,12 +253,15 @@ def mix(A, m):
 
 
 def loss(process, net, x, label=None, weight="uniform"):
-    """BCSM, E[w(t) |net(m, t) - eps_n|^2] per data dimension, lambda uniform on [clock(T), clock(t_min)].
+    """BCSM, E[w(t) |net(m, t) - eps_n|^2] per data dimension, lambda uniform on [clock(T), clock(t_min)]; or
+    `denoiser_loss`, with param = "denoiser".
 
     x: data (B, C, ...), unit scale. One t per image, stratified over the batch (each is uniform, together they spread).
     weight: "uniform" is w = 1; "likelihood" is w = xi L_inv / L_nn^2 for t uniform on [t_min, T], the bound's weight:
     the density of t is divided out, and even steps of lambda put the samples where that weight is large.
     """
+    if process.param == "denoiser":
+        return denoiser_loss(process, net, x, label)
     B, c = len(x), process.knots[0]
     u = (torch.arange(B) + torch.rand(B, dtype=torch.float64)) / B
     t, slope = process.time(c[0] + (c[-1] - c[0]) * u)  # (B,)
@@ -256,6 +274,17 @@ def loss(process, net, x, label=None, weight="uniform"):
         ratio = -slope * (c[-1] - c[0]) / (process.T - process.t_min)  # density of uniform t over that of t here
         w = process.xi * process.L_inv / process.cholesky(t)[:, -1, -1] ** 2 * ratio
     return mix(w[:, None, None], error**2).mean()
+
+
+def denoiser_loss(process, net, x, label=None):
+    """E[|D - x|^2 / c_out^2] per dimension, D the denoiser at y = x + sigma noise, ln sigma ~ N(-1.2, 1.2^2): this is
+    the same for every process. One sigma per image, stratified over the batch."""
+    B = len(x)
+    u = (torch.arange(B, dtype=torch.float64) + torch.rand(B, dtype=torch.float64)) / B
+    snr = torch.exp(-2 * (-1.2 + 1.2 * torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))))  # (B,)
+    y = mix(snr.sqrt()[:, None, None], x) + torch.randn_like(x)  # over sigma
+    error = precondition(process, net, y, snr, label) - x
+    return mix((1 / process.sigma_data**2 + snr)[:, None, None], error**2).mean()
 
 
 def training_pair(process, x, t, eps):
@@ -280,11 +309,27 @@ def noise(process, x, m, t):
     return mix(w[None], m) + float(b) * x
 
 
+def precondition(process, net, u, snr, label=None):
+    """EDM's denoiser (Karras et al. 2022, section 5): E[x | y] (B, C, ...) for y = x + sigma noise, sigma = SNR^-1/2.
+
+    u: y / sigma (B, C, ...); snr: (B,) float64. Unlike y, all that is used stays finite as SNR -> 0. The network sees
+    c_in y, of unit variance, and the time sigma / (1 + sigma): 0 at the data, 1 at pure noise.
+    """
+    s = process.sigma_data
+    c = (1 + s**2 * snr) ** -0.5  # (B,)
+    out = net(mix(c[:, None, None], u), (1 / (1 + snr.sqrt())).to(u), label).to(u)
+    return mix((s**2 * snr.sqrt() * c**2)[:, None, None], u) + mix((s * c)[:, None, None], out)  # c_skip y + c_out out
+
+
 def denoise(process, net, m, t, label=None):
     """One network call: E[x | m] at time t (a number), within the data's bound: near T it is a network's error in eps_n
     over a kappa_n near 0, and without a bound one stray prediction there throws the sample off for good."""
-    out = net(m, torch.full((len(m),), float(t), dtype=m.dtype, device=m.device), label)
-    return hop(process, out.to(m), m, t).clamp(-process.bound, process.bound)
+    if process.param == "denoiser":
+        w, snr = process.project(t)
+        x = precondition(process, net, mix(w[None], m), snr.expand(len(m)), label)
+    else:
+        x = hop(process, net(m, torch.full((len(m),), float(t), dtype=m.dtype, device=m.device), label).to(m), m, t)
+    return x.clamp(-process.bound, process.bound)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,25 +416,55 @@ def kick(process, x, m, t, h):
     return m + mix(2 * process.xi * h * e_n, force(process, x, m, t))
 
 
-def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
-    """ODE, dz = x dkappa, exponential Adams-Bashforth: the x of the last `order` (1-4) calls is extrapolated in lambda
-    over the step and integrated against dkappa by Gauss-Legendre. t_end: time of the last call (default `last_time`).
+def ode(process, net, m0, nfe, label=None, order=None, rho=1.0, t_end=None):
+    """ODE, dz = E[x|m] dkappa, exponential Adams-Bashforth. With s = sigma_data and c = (1 + s^2 SNR)^-1/2,
 
-    The first steps have fewer calls to extrapolate, but equal steps of lambda (rho = 1) are short there: orders 3 and 4
-    beat order 2 on smooth data, though not always each other.
+        E[x|m] = (s c)^2 kappa . z + s c N
+
+    where the first term is the answer for Gaussian data of standard deviation s, so that N, the rest (the output of
+    EDM's network), is 0 there and smooth elsewhere. The N of the last `order` (1-4) calls is extrapolated in lambda and
+    all else solved exactly. order: default `multistep`. t_end: time of the last call (default `last_time`).
     """
+    order, s = multistep(nfe) if order is None else order, process.sigma_data
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
     ts = grid(process, nfe, rho, last_time(process, nfe) if t_end is None else t_end)
-    z, past = mix(torch.linalg.inv(process.cholesky(ts[0])), m0), []  # past: (lambda, x) of the last calls
+    z, past = mix(torch.linalg.inv(process.cholesky(ts[0])), m0), []  # past: (lambda, N) of the last calls
     for t, t_next in pairwise(ts):
         x = denoise(process, net, mix(process.cholesky(t), z), t, label)
-        past = [*past, (float(process.clock(t)), x)][-order:]
-        u, du = gauss_legendre(math.log(t), math.log(t_next), 32)  # in log t, where kappa and lambda are smooth
-        rate, clock = (du * u.exp())[:, None] * process.kappa_rate(u.exp()), process.clock(u.exp())
-        for i, (_, X) in enumerate(past):
-            z = z + mix((lagrange([s for s, _ in past], i, clock) @ rate)[:, None], X)
+        sc = s / math.sqrt(1 + s**2 * float(process.snr(t)))
+        N = x / sc - mix(sc * process.kappa(t)[None], z)
+        past = [*past, (float(process.clock(t)), N)][-order:]
+        flow = gaussian_flow(process, t, t_next, [clock for clock, _ in past])
+        z = mix(flow, torch.cat([z, *(N for _, N in past)], 1))
     return denoise(process, net, mix(process.cholesky(ts[-1]), z), ts[-1], label)
+
+
+def gaussian_flow(process, t, t_next, nodes, steps=32):
+    """(n, n + p): takes (z, N_1 ... N_p) at t to z at t_next, N the polynomial in lambda through N_i at node i.
+
+    dz = s c (s c kappa . z + N) dkappa is linear in (z, N_1 ... N_p), with a matrix of rank one; Runge-Kutta in log t.
+    """
+    s = torch.linspace(math.log(t), math.log(t_next), 2 * steps + 1, dtype=torch.float64)
+    u, h, zero = s.exp(), (s[2] - s[0]).item(), torch.zeros(len(s), len(nodes), dtype=torch.float64)
+    kappa, clock = process.kappa(u), process.clock(u)
+    sc = process.sigma_data * (1 + process.sigma_data**2 * kappa.square().sum(-1, keepdim=True)) ** -0.5
+    basis = torch.stack([lagrange(nodes, i, clock) for i in range(len(nodes))], -1)
+    column = torch.cat([sc * u[:, None] * process.kappa_rate(u), zero], -1)
+    A = column[:, :, None] * torch.cat([sc * kappa, basis], -1)[:, None]  # (2 steps + 1, n + p, n + p)
+    Y = torch.eye(A.shape[-1], dtype=torch.float64)
+    for i in range(0, 2 * steps, 2):
+        k1 = A[i] @ Y
+        k2 = A[i + 1] @ (Y + h / 2 * k1)
+        k3 = A[i + 1] @ (Y + h / 2 * k2)
+        k4 = A[i + 2] @ (Y + h * k3)
+        Y = Y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return Y[: process.n]
+
+
+def multistep(nfe):
+    """Calls that `ode` extrapolates by default: three, but two while they are very few and far apart."""
+    return 3 if nfe >= 5 else 2
 
 
 def gauss_legendre(a, b, nodes=16):

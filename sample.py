@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import data
-from train import build, load_checkpoint, make_folder, newest_checkpoint, pick_device, refuse, run
+from train import METHODS, build, load_checkpoint, make_folder, newest_checkpoint, pick_device, refuse, run
 
 OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "order"}  # command line -> the sampler's keyword
 
@@ -35,8 +35,10 @@ def parser():
     p.add_argument("--seed", type=int, default=0, help="sample i is the same for every --n and --batch")
     p.add_argument("--batch", type=int, default=256, help="samples at a time")
     p.add_argument("--raw", action="store_true", help="draw with the raw weights, not with their average (EMA)")
-    p.add_argument("--method", choices=["agm", "hold"], help="refuse any other kind of checkpoint")
-    p.add_argument("--order", type=int, help="refuse a HOLD checkpoint of another order")
+    p.add_argument(
+        "--method", choices=METHODS, help="process to sample with; only a denoiser serves another than its own"
+    )
+    p.add_argument("--order", type=int, help="HOLD: order to sample with; only a denoiser serves another than its own")
     p.add_argument("--nll", action="store_true", help="HOLD: bound the likelihood of held-out data, draw nothing")
     p.add_argument("--tol", type=float, default=1e-4, help="nll: error tolerance of the ODE solver")
     p.add_argument("--data", help="nll: another data set or file than the checkpoint's")
@@ -60,15 +62,27 @@ class Noise:
         return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators]).to(like)
 
 
-def restore(path, device, raw=False):
-    """Checkpoint -> (config, method module, process, net in eval mode)."""
+def restore(path, device, raw=False, method=None, order=None):
+    """Checkpoint -> (config, method module, process, net in eval mode). A denoiser serves any method and order; for any
+    other net DataError says what it was trained for."""
     ckpt = load_checkpoint(path)
-    method, process, net = build(ckpt["config"])
+    config = ckpt["config"]
+    if order is not None and (method or config["method"]) != "hold":
+        raise data.DataError(f"--order {order} is HOLD's: give --method hold as well, or leave it out")
+    asked = {"method": method or config["method"], "order": config["order"] if order is None else order}
+    if config["param"] != "denoiser" and not asked.items() <= config.items():
+        trained = config["method"] + (f" of order {config['order']}" if config["method"] == "hold" else "")
+        raise data.DataError(
+            f"{path} was trained as {trained} with --param {config['param']}, and only a denoiser serves other "
+            "processes: leave out --method and --order, or name another --ckpt"
+        )
+    config.update(asked)
+    method, process, net = build(config)
     try:
         net.load_state_dict(ckpt["net" if raw else "ema"])
     except RuntimeError:
         raise data.DataError(f"{path} does not fit the net that its config describes: train again") from None
-    return ckpt["config"], method, process, net.to(device).eval()
+    return config, method, process, net.to(device).eval()
 
 
 def sampler_options(method, args):
@@ -103,11 +117,7 @@ def sample(args):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise data.DataError(f"--{key} must be at least 1, got {getattr(args, key)}")
     path, device = Path(args.ckpt) if args.ckpt else newest_checkpoint(), pick_device(args.device)
-    config, method, process, net = restore(path, device, args.raw)
-    for key, asked in (("method", args.method), ("order", args.order)):
-        if asked is not None and (config[key] != asked or (key == "order" and config["method"] != "hold")):
-            trained = config["method"] + (f" of order {config['order']}" if config["method"] == "hold" else "")
-            raise data.DataError(f"{path} was trained as {trained}: leave out --{key} {asked}, or name another --ckpt")
+    config, method, process, net = restore(path, device, args.raw, args.method, args.order)
     if args.nll:
         return print_nll(args, config, method, process, net, device)
     name, sampler, options = sampler_options(method, args)
@@ -133,7 +143,7 @@ def sample(args):
         np.savez_compressed(f, arr_0=array)
     os.replace(out / "samples.npz.tmp", out / "samples.npz")
     batches = -(-n // args.batch)
-    print(f"{n} samples from {path} ({config['method']} on {config['data']})")
+    print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")
     print(f"sampler {name} {options or ''} NFE {calls // batches} seconds/sample {seconds / n:.5f} on {device}")
     print(f"wrote {out / 'samples.png'} and {out / 'samples.npz'}")
 

@@ -23,7 +23,14 @@ import data
 import hold_ref
 import nets
 
-METHODS = {"agm": agm_ref, "hold": hold_ref}
+# Name -> module, and what makes its process from a run's config.
+METHODS = {
+    "agm": (agm_ref, lambda c: agm_ref.AGM(sde=c["sde"], param=c["param"], sigma_data=c["std"])),
+    "hold": (
+        hold_ref,
+        lambda c: hold_ref.HOLD(order=c["order"], bound=c["bound"], param=c["param"], sigma_data=c["std"]),
+    ),
+}
 
 # What each kind of data needs. Any of these is one flag away; `width` is the MLP's, or the UNet's first level's.
 PRESETS = {
@@ -79,6 +86,9 @@ def parser(preset):
     p.add_argument("--data-dir", help="folder or archive of the data set; default: the cache, after a download")
     p.add_argument("--order", type=int, default=3, help="HOLD only: 1 is OU/VP, 2 is CLD, 3 is HOLD")
     p.add_argument("--sde", action="store_true", help="AGM only: learn the SDE's acceleration, not the ODE's")
+    p.add_argument(
+        "--param", choices=["denoiser", "paper"], default="denoiser", help="what the net learns: x from y, or F / eps_n"
+    )
     p.add_argument("--steps", type=int, help="updates")
     p.add_argument("--batch", type=int, help="images or points an update")
     p.add_argument("--lr", type=float, help="peak learning rate of AdamW; cosine decay to 0")
@@ -154,15 +164,16 @@ def check(config):
 
 def build(config):
     """config -> (method module, process, net). The config is a checkpoint's, or that of a new run with its `shape`."""
-    method, (C, *size) = METHODS[config["method"]], config["shape"]
-    if config["method"] == "hold":
-        process = method.HOLD(order=config["order"], bound=config["bound"])
+    (method, make), (C, *size) = METHODS[config["method"]], config["shape"]
+    process = make(config)
+    if config["param"] == "denoiser":  # sees y, and its time is sigma / (1 + sigma)
+        channels, T, t_data = C, 1.0, 0.0
     else:
-        process = method.AGM(sde=config["sde"])
+        channels, T, t_data = process.n * C, process.T, process.t_data
     if not size:
-        return method, process, nets.MLP(process.n * C, C, config["width"], config["blocks"], process.T, process.t_data)
+        return method, process, nets.MLP(channels, C, config["width"], config["blocks"], T, t_data)
     keys = ("width", "mult", "blocks", "attention", "dropout")
-    net = nets.UNet(process.n * C, C, **{k: config[k] for k in keys}, T=process.T, t_data=process.t_data)
+    net = nets.UNet(channels, C, **{k: config[k] for k in keys}, T=T, t_data=t_data)
     return method, process, net.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
 
@@ -257,7 +268,12 @@ def draw_picture(path, method, process, ema, dataset, device, n_images=64, n_poi
 def train(config, ckpt=None):
     device = pick_device(config["device"])
     dataset = data.load(config["data"], config["data_dir"], config["flip"]).to(device)
-    units = {"shift": torch.as_tensor(dataset.shift).tolist(), "scale": dataset.scale, "bound": dataset.bound}
+    units = {
+        "shift": torch.as_tensor(dataset.shift).tolist(),
+        "scale": dataset.scale,
+        "bound": dataset.bound,
+        "std": dataset.std,
+    }
     if ckpt and list(dataset.shape) != config["shape"]:
         raise data.DataError(f"{dataset.name} has shape {dataset.shape}, the run {config['shape']}: start a new run")
     config = {**config, "shape": list(dataset.shape), **units}  # all that sample.py needs

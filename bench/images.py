@@ -1,0 +1,121 @@
+"""Fréchet distance on small images at few network calls, ours against flow matching and EDM, as a Markdown table.
+
+    python bench/images.py                                  Fashion-MNIST at 16x16; some two hours on two cores
+    python bench/images.py --nfe 5 10 20 --n 2000           a part; another call goes on where this one stopped
+    python bench/images.py --data cifar10 --data-dir DIR    CIFAR-10, whole or in part, at 32x32
+
+Every network is the same UNet with the same number of updates (the minutes are in its log): `denoiser`, which
+AGM, HOLD of orders 1 and 3 and EDM's samplers share, and `fm`, flow matching with torchcfm's loss. The Fréchet distance
+is between samples and training images in the features of a small classifier that this script trains on their labels;
+floor is that of as many held-out images. Ours run on their default grid, peers on the best of the grids in peers.PEERS
+at every NFE up to 20, found with --search samples. Networks and numbers are kept in --out.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import avg_pool2d, cross_entropy, pad
+
+sys.path.insert(0, str(Path(__file__).parent))
+import peers
+from digits import frechet
+
+import data
+
+
+def small(images):
+    """uint8 (N, C, H, W); 28x28 becomes 16x16: padded to 32x32, then the mean of 2x2 pixels."""
+    if images.shape[-1] != 28:
+        return images
+    return avg_pool2d(pad(images.float(), (2, 2, 2, 2)), 2).round().to(torch.uint8)
+
+
+def classifier(path, train, labels, test, test_labels, epochs=3):
+    """A small convolutional net with 64 features, trained once and kept; prints its accuracy on the held-out images."""
+
+    def layer(c_in, c_out):
+        return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2))
+
+    torch.manual_seed(0)
+    body = nn.Sequential(layer(train.shape[1], 16), layer(16, 32), layer(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = nn.Sequential(body, nn.Linear(64, 10))
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+        for _ in range(epochs):
+            for index in torch.randperm(len(train)).split(256):
+                optimizer.zero_grad()
+                cross_entropy(net(train[index] / 127.5 - 1), labels[index]).backward()
+                optimizer.step()
+        torch.save(net.state_dict(), path)
+    net.eval().requires_grad_(False)
+    answers = torch.cat([net(x / 127.5 - 1).argmax(1) for x in test.split(1000)])
+    print(f"classifier: {(answers == test_labels).float().mean():.3f} of {len(test)} held-out images right", flush=True)
+    return lambda x: torch.cat([body(part) for part in x.split(1000)])
+
+
+TOY = "--steps 2 --n 20 --search 10 --nfe 2 --only AGM --epochs 1 --nets denoiser --width 8".split()
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument("--data", default="fashion", choices=["fashion", "cifar10"], help="data set")
+    p.add_argument("--data-dir", help="its folder or archive")
+    p.add_argument(
+        "--nets", nargs="+", default=["denoiser", "fm"], choices=peers.NETS, help="networks to train or load"
+    )
+    p.add_argument(
+        "--only",
+        nargs="+",
+        help="contenders whose name contains one of these",
+        default=["AGM denoiser, exp", "HOLD1 denoiser, ode", "HOLD3 denoiser, ode", "FM", "EDM"],
+    )
+    p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20, 50], help="network calls")
+    p.add_argument("--n", type=int, default=5000, help="samples")
+    p.add_argument("--search", type=int, default=1000, help="samples for the choice of a peer's grid")
+    p.add_argument("--steps", type=int, default=1500, help="updates of 128 images a network")
+    p.add_argument("--width", type=int, default=32, help="of the UNet")
+    p.add_argument("--epochs", type=int, default=3, help="of the classifier")
+    p.add_argument("--amp", choices=["off", "bf16"], default="bf16", help="autocast of training and sampling")
+    p.add_argument("--out", default="runs/images", help="folder of networks and numbers")
+    args = p.parse_args(argv)
+    peers.register()
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = data.load(args.data, args.data_dir)
+    train, test = small(dataset.train), small(dataset.test)
+    file = folder / f"{args.data}.npy"
+    np.save(file, train.permute(0, 2, 3, 1).numpy())
+    features = classifier(
+        folder / f"{args.data}-classifier.pt", train, dataset.train_labels, test, dataset.test_labels, args.epochs
+    )
+    reference = features(train / 127.5 - 1)
+
+    def distance(x):
+        return [frechet(features(x.clamp(-1, 1)), reference)]
+
+    print(f"floor: {distance(test[: args.n] / 127.5 - 1)[0]:.4f} ({len(test[: args.n])} held-out images)", flush=True)
+    results, rows = peers.Results(folder / f"{args.data}.json"), {}
+    options = ["--data", str(file), "--width", str(args.width), "--mult", "1", "2", "--blocks", "1", "--batch", "128"]
+    options += ["--lr", "2e-3", "--steps", str(args.steps), "--amp", args.amp]
+    for kind in args.nets:
+        path = peers.checkpoint(folder / f"{args.data}-{kind}", kind, options)
+        sampling = partial(
+            peers.evaluate, n_search=args.search, batch=250, amp=args.amp == "bf16", score=lambda row: row[0]
+        )
+        for contender in peers.contenders(kind, args.only):
+            rows[contender[0]] = sampling(contender, [path], args.nfe, args.n, distance, results)
+    peers.table(rows, args.nfe, 0)
+    peers.grids_used(rows)
+
+
+if __name__ == "__main__":
+    main()

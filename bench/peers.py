@@ -1,0 +1,254 @@
+"""What points.py and images.py share: the peers, under the same names as in agm_ref.py, and the comparison.
+
+Flow matching trains its own network, with torchcfm's loss (`pip install torchcfm`): `register()` makes it a --method of
+train.py. EDM's samplers run on the very denoiser that AGM and HOLD run on, and DDIM on the noise network of HOLD of
+order 1, which is the VP process.
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import agm_ref
+import hold_ref
+import train
+from sample import restore
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow matching: x_t = (1 - t) noise + t x, the network learns x - noise
+
+
+@dataclass(frozen=True)
+class FM:
+    n: ClassVar[int] = 1
+    T: ClassVar[float] = 1.0
+    t_data: ClassVar[float] = 1.0
+    t_range: ClassVar[tuple] = (0.0, 1.0)
+
+    def prior(self, shape, generator=None):
+        return torch.randn(shape, generator=generator)
+
+
+def loss(process, net, x, label=None):
+    """torchcfm's conditional flow matching with independent pairs and sigma 0."""
+    try:
+        from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+    except ImportError:
+        sys.exit("error: flow matching is trained with torchcfm: pip install torchcfm")
+    t, x_t, velocity = ConditionalFlowMatcher(sigma=0.0).sample_location_and_conditional_flow(torch.randn_like(x), x)
+    return (net(x_t, t, label) - velocity).square().mean()
+
+
+def fm_velocity(net, x, t):
+    return net(x, torch.full((len(x),), t))
+
+
+def fm_times(steps, rho):
+    """steps + 1 times from 0 to 1; rho > 1 makes the steps near the data shorter."""
+    return [1 - (1 - i / steps) ** rho for i in range(steps + 1)]
+
+
+def fm_euler(process, net, m0, nfe, rho=1.0):
+    return fm_adams_bashforth(process, net, m0, nfe, rho, order=1)
+
+
+def fm_midpoint(process, net, m0, nfe, rho=1.0):
+    """Two calls a step; an odd call left over is a last Euler step."""
+    x, ts = m0, fm_times((nfe + 1) // 2, rho)
+    for i, (t, t_next) in enumerate(pairwise(ts)):
+        v, h = fm_velocity(net, x, t), t_next - t
+        if 2 * i + 1 < nfe:
+            v = fm_velocity(net, x + h / 2 * v, t + h / 2)
+        x = x + h * v
+    return x
+
+
+def fm_adams_bashforth(process, net, m0, nfe, rho=1.0, order=2):
+    """One call a step; the last step, as in every other sampler here, is the hop x + (1 - t) v."""
+    x, ts, past = m0, fm_times(nfe, rho), None
+    for i, (t, t_next) in enumerate(pairwise(ts)):
+        v, h = fm_velocity(net, x, t), t_next - t
+        slope = (v - past[1]) / (t - past[0]) if past and order == 2 and i < nfe - 1 else 0
+        past = (t, v)
+        x = x + h * v + h**2 / 2 * slope
+    return x
+
+
+SAMPLERS = {"midpoint": fm_midpoint, "euler": fm_euler, "ab2": fm_adams_bashforth}
+
+
+def register():
+    """Makes flow matching a --method of train.py, and of what restores its checkpoints."""
+    train.METHODS["fm"] = (sys.modules[__name__], lambda config: FM())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EDM on a denoiser checkpoint; m0 is unit noise (B, C, ...), process any with its sigma_data
+
+
+def edm_sigmas(steps, sigma_max, sigma_min, rho=7.0):
+    """`steps` noise levels from sigma_max to sigma_min, even in sigma^(1/rho)."""
+    a, b = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return [(a + i / max(steps - 1, 1) * (b - a)) ** rho for i in range(steps)]
+
+
+def edm_denoise(process, net, y, sigma):
+    snr = torch.full((len(y),), sigma**-2, dtype=torch.float64)
+    return agm_ref.precondition(process, net, y / sigma, snr)
+
+
+def edm_heun(process, net, m0, nfe, sigma_max=80.0, sigma_min=0.002):
+    """Two calls a step but one in the last, to sigma = 0; of an even nfe one call is not used."""
+    sigmas = [*edm_sigmas((nfe + 1) // 2, sigma_max, sigma_min), 0.0]
+    y = sigmas[0] * m0
+    for s, s_next in pairwise(sigmas):
+        d = (y - edm_denoise(process, net, y, s)) / s
+        end = y + (s_next - s) * d
+        if s_next > 0:
+            d = (d + (end - edm_denoise(process, net, end, s_next)) / s_next) / 2
+        y = y + (s_next - s) * d
+    return y
+
+
+def edm_dpm(process, net, m0, nfe, sigma_max=80.0, sigma_min=0.002):
+    """DPM-Solver++(2M), one call a step; the last call's denoised image is the result."""
+    sigmas, past = edm_sigmas(nfe, sigma_max, sigma_min), None
+    y = sigmas[0] * m0
+    for s, s_next in pairwise(sigmas):
+        d, h = edm_denoise(process, net, y, s), math.log(s / s_next)
+        D = d if past is None else d + h / (2 * past[0]) * (d - past[1])
+        past = (h, d)
+        y = s_next / s * y - math.expm1(-h) * D
+    return edm_denoise(process, net, y, sigmas[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DDIM on a network of HOLD(order=1)
+
+
+def ddim(process, net, m0, nfe, rho=1.0, t_end=0.01):
+    """First order on the data prediction, times even in t^(1/rho)."""
+    ts = [
+        (process.T ** (1 / rho) + i / max(nfe - 1, 1) * (t_end ** (1 / rho) - process.T ** (1 / rho))) ** rho
+        for i in range(nfe)
+    ]
+    x, m = None, m0
+    for i, t in enumerate(ts):
+        if i:
+            eps = (m - float(process.mean(ts[i - 1])) * x) / float(process.cholesky(ts[i - 1]))
+            m = float(process.mean(t)) * x + float(process.cholesky(t)) * eps
+        x = hold_ref.denoise(process, net, m, t)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The comparison
+
+NETS = ["denoiser", "agm", "hold1", "hold2", "hold3", "hold4", "fm"]
+FM_GRIDS = [{"rho": rho} for rho in (1.0, 1.5, 2.0)]
+EDM_GRIDS = [{"sigma_max": a, "sigma_min": b} for a in (80.0, 10.0) for b in (0.002, 0.02, 0.1)]
+DDIM_GRIDS = [{"rho": rho, "t_end": end} for rho in (1.0, 2.0) for end in (0.001, 0.01)]
+PEERS = {  # name: (net, sampler, grids)
+    "FM, Euler": ("fm", fm_euler, FM_GRIDS),
+    "FM, midpoint": ("fm", fm_midpoint, FM_GRIDS),
+    "FM, Adams-Bashforth 2": ("fm", fm_adams_bashforth, FM_GRIDS),
+    "EDM, Heun": ("denoiser", edm_heun, EDM_GRIDS),
+    "EDM, DPM-Solver++(2M)": ("denoiser", edm_dpm, EDM_GRIDS),
+    "VP, DDIM": ("hold1", ddim, DDIM_GRIDS),
+}
+
+
+def contenders(kind, only):
+    """(name, method, order, sampler, grids) of all that samples with a net of this kind and has a part of `only` in its
+    name. The grids of ours are [{}], the default."""
+    processes = {"denoiser": [("agm", None), *(("hold", n) for n in (1, 2, 3, 4))], "agm": [("agm", None)], "fm": []}
+    found = []
+    for method, order in processes.get(kind) or ([("hold", int(kind[-1]))] if kind.startswith("hold") else []):
+        title = f"{method.upper()}{order or ''} {'denoiser' if kind == 'denoiser' else 'paper'}"
+        for name, sampler in train.METHODS[method][0].SAMPLERS.items():
+            found.append((f"{title}, {name}", method, order, sampler, [{}]))
+    found += [(name, None, None, sampler, grids) for name, (net, sampler, grids) in PEERS.items() if net == kind]
+    return [c for c in found if any(part in c[0] for part in only)]
+
+
+def checkpoint(out, kind, options):
+    """The checkpoint of folder `out`, which is trained, or trained to the end, if it is not there."""
+    options = [*options, "--out", str(out), "--param", "denoiser" if kind == "denoiser" else "paper"]
+    options += ["--method", "agm" if kind == "denoiser" else kind.rstrip("1234")]
+    options += ["--order", kind[-1]] if kind.startswith("hold") else []
+    if not (out / "ckpt.pt").exists():
+        train.main(options)
+    ckpt = train.load_checkpoint(out / "ckpt.pt")
+    if ckpt["step"] < ckpt["config"]["steps"]:
+        train.main(["--resume", "--out", str(out), "--data", ckpt["config"]["data"]])
+    return out / "ckpt.pt"
+
+
+@torch.no_grad()
+def draw(path, method, order, sampler, n, nfe, seed, grid, batch=5000, amp=False):
+    """n samples on the CPU, `batch` at a time."""
+    config, _, process, net = restore(path, "cpu", method=method, order=order)
+    prior = FM().prior if method is None and process.n > 1 else process.prior  # EDM's samplers start from plain noise
+    generator, out = torch.Generator().manual_seed(seed), []
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        for i in range(0, n, batch):
+            m0 = prior((min(batch, n - i), *config["shape"]), generator)
+            out.append(sampler(process, net, m0, nfe, **grid).float())
+    return torch.cat(out)
+
+
+class Results(dict):
+    """{key: list of numbers}, kept in a file."""
+
+    def __init__(self, path):
+        self.path = path
+        super().__init__(json.loads(path.read_text()) if path.exists() else {})
+
+    def of(self, key, compute):
+        if key not in self:
+            self[key] = compute()
+            temporary = self.path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(self, indent=0))
+            temporary.replace(self.path)
+        return self[key]
+
+
+def evaluate(contender, paths, nfes, n, measure, results, score, n_search=None, **options):
+    """{nfe: (grid, [numbers of every path])}. The grid has the lowest score with the first path, searched at every nfe
+    up to 20 with n_search samples; above, the grid of the nfe before."""
+    title, method, order, sampler, grids = contender
+
+    def run(nfe, grid, seed, n):
+        key = f"{title} | {nfe} | {grid} | {seed} | {n}"
+        sample = partial(draw, paths[seed], method, order, sampler, n, nfe, seed, grid, **options)
+        return results.of(key, lambda: measure(sample()))
+
+    row, grid = {}, grids[0]
+    for nfe in sorted(nfes):
+        if nfe <= 20 and len(grids) > 1:
+            grid = min(grids, key=lambda g: score(run(nfe, g, 0, n_search or n)))
+        row[nfe] = grid, [run(nfe, grid, seed, n) for seed in range(len(paths))]
+    return row
+
+
+def table(rows, nfes, i):
+    """Markdown: the i-th number of every contender at every nfe, mean over the networks."""
+    print("| contender |" + "".join(f" {nfe} |" for nfe in nfes) + "\n|---|" + "---|" * len(nfes))
+    for title, row in rows.items():
+        print(f"| {title} |" + "".join(f" {torch.tensor(row[k][1])[:, i].mean():.4f} |" for k in nfes), flush=True)
+
+
+def grids_used(rows):
+    print("\nbest grids of the peers:")
+    for title, row in rows.items():
+        if any(grid for grid, _ in row.values()):
+            print(f"  {title}: { {nfe: grid for nfe, (grid, _) in row.items()} }")

@@ -47,7 +47,7 @@ device (`mix`). Data have unit scale: images in [-1, 1].
 import math
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import ClassVar
 
@@ -435,11 +435,12 @@ def ode(process, net, m0, nfe, label=None, order=None, rho=1.0, t_end=None):
         sc = s / math.sqrt(1 + s**2 * float(process.snr(t)))
         N = x / sc - mix(sc * process.kappa(t)[None], z)
         past = [*past, (float(process.clock(t)), N)][-order:]
-        flow = gaussian_flow(process, t, t_next, [clock for clock, _ in past])
+        flow = gaussian_flow(process, t, t_next, tuple(clock for clock, _ in past))
         z = mix(flow, torch.cat([z, *(N for _, N in past)], 1))
     return denoise(process, net, mix(process.cholesky(ts[-1]), z), ts[-1], label)
 
 
+@lru_cache(1000)  # the same for every batch
 def gaussian_flow(process, t, t_next, nodes, steps=32):
     """(n, n + p): takes (z, N_1 ... N_p) at t to z at t_next, N the polynomial in lambda through N_i at node i.
 

@@ -43,6 +43,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints trained on digits")
     p.add_argument("--sampler", nargs="+", help="samplers; default: all of the method's")
+    p.add_argument("--method", help="process to sample a denoiser with; default: the checkpoint's")
+    p.add_argument("--order", type=int, help="HOLD: its order")
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20], help="network calls")
     p.add_argument("--n", type=int, default=1797, help="samples")
     args = p.parse_args(argv)
@@ -59,7 +61,7 @@ def main(argv=None):
     print(f"| data: {k} against the others | | | {floor.mean():.3f} ± {floor.std():.3f} | | | | |")
     print(f"| data: train against held-out | | | | | {frechet(train, test):.3f} | {nearest(test, train):.3f} | |")
     for path in args.ckpt:
-        _, method, process, net = restore(path, "cpu")
+        _, method, process, net = restore(path, "cpu", method=args.method, order=args.order)
         for name in args.sampler or method.SAMPLERS:
             for nfe in args.nfe:
                 start = time.time()

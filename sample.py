@@ -2,6 +2,7 @@
 
 python sample.py                                   the newest run under runs/, 64 samples, 20 network calls
 python sample.py --ckpt runs/agm-digits/ckpt.pt --sampler splitting --nfe 50 --n 1000 --out samples
+python sample.py --method hold --order 3           the newest run, if it is a denoiser, with another process
 python sample.py --ckpt runs/hold-digits/ckpt.pt --nll        HOLD: likelihood bound on the held-out data
 """
 
@@ -155,7 +156,9 @@ def print_nll(args, config, method, process, net, device):
     again a bound). Points: nats per point, in the units of the data.
     """
     if not hasattr(method, "log_likelihood_bound"):
-        raise data.DataError("--nll needs a HOLD checkpoint: there is no likelihood for AGM here")
+        raise data.DataError(
+            "--nll needs a HOLD checkpoint, or a denoiser with --method hold: AGM has no likelihood here"
+        )
     if not args.tol > 0:
         raise data.DataError(f"--tol must be positive, got {args.tol}")
     dataset = data.load(args.data or config["data"], args.data_dir or config["data_dir"])

@@ -2256,7 +2256,7 @@ def test_bf16_autocast_of_the_net_is_close_to_float32():
 
 
 def test_cifar10_net_has_the_promised_size():
-    config = {**vars(train.parser(train.PRESETS["cifar10"]).parse_args([])), "shape": [3, 32, 32]}
+    config = {**vars(train.parser(train.PRESETS["cifar10"]).parse_args([])), "shape": [3, 32, 32], "std": 0.5}
     with torch.device("meta"):
         net = train.build(config)[2]
     assert 35e6 < sum(p.numel() for p in net.parameters()) < 60e6
@@ -2415,6 +2415,7 @@ MISTAKES = {
     "no such level": (["train", "--attention", "2", "--out", "new"], "--attention"),
     "no width": (["train", "--mult", "0", "--out", "new"], "--mult"),
     "no learning rate": (["train", "--lr", "0", "--out", "new"], "--lr must lie between"),
+    "SDE without its network": (["train", "--sde", "--out", "new"], "add --param paper"),
     "HOLD of order 0": (["train", "--method", "hold", "--order", "0", "--out", "new"], "order"),
     "folder with a run": (["train", "--out", "{toy}/agm"], "--resume"),
     "unwritable folder": (["train", "--out", "{toy}/agm/ckpt.pt/deeper"], "choose another --out"),
@@ -2430,6 +2431,7 @@ MISTAKES = {
     "sample from a cut checkpoint": (["sample", "--ckpt", "{toy}/cut/ckpt.pt"], "cut short"),
     "sample from a foreign file": (["sample", "--ckpt", "{toy}/foreign.pt"], "not a checkpoint of this project"),
     "sample from a list": (["sample", "--ckpt", "{toy}/list.pt"], "not a checkpoint of this project"),
+    "sample from an old file": (["sample", "--ckpt", "{toy}/old.pt"], "lacks param"),
     "sample from text": (["sample", "--ckpt", "{toy}/agm/log.txt"], "not a checkpoint"),
     "nfe 0": (["sample", "--ckpt", "{toy}/agm/ckpt.pt", "--nfe", "0"], "--nfe must be at least 1"),
     "n 0": (["sample", "--ckpt", "{toy}/agm/ckpt.pt", "--n", "0"], "--n must be at least 1"),
@@ -2455,6 +2457,9 @@ def test_a_mistake_is_one_line_and_loses_nothing(toy, folder, name, capsys):
     (toy / "cut" / "ckpt.pt").write_bytes((toy / "agm" / "ckpt.pt").read_bytes()[:20000])
     torch.save({"state_dict": torch.zeros(3)}, toy / "foreign.pt")
     torch.save([1, 2], toy / "list.pt")
+    old = torch.load(toy / "agm" / "ckpt.pt", weights_only=True)
+    del old["config"]["param"]
+    torch.save(old, toy / "old.pt")
     before = snapshot(toy)
     (script, *argv), expected = MISTAKES[name]
     with pytest.raises(SystemExit) as stop:

@@ -149,6 +149,8 @@ def check(config):
     for key, low, high in (("lr", 0, 1), ("clip", 0, math.inf), ("ema", 0, 1)):
         if not low < config[key] < high:
             raise data.DataError(f"--{key} must lie between {low} and {high}, got {config[key]}")
+    if config["sde"] and config["param"] == "denoiser":
+        raise data.DataError("--sde says what the paper's network learns: add --param paper, or leave it out")
     if config["warmup"] < 0:
         raise data.DataError(f"--warmup must be at least 0, got {config['warmup']}")
     if min(config["mult"], default=1) < 1 or not set(config["attention"]) <= set(range(len(config["mult"]))):
@@ -195,8 +197,11 @@ def load_checkpoint(path, device="cpu"):
     except Exception:  # torch.load raises anything from OSError to UnpicklingError on a damaged file
         raise data.DataError(f"{path} is cut short, or not a checkpoint: train again, or name another") from None
     missing = {"config", "net", "ema", "optimizer", "step", "rng"} - set(ckpt if isinstance(ckpt, dict) else ())
-    if missing or not {"method", "shape", "data"} <= set(ckpt["config"]):
-        raise data.DataError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+    missing = missing or {"method", "param", "data", "shape", "std"} - set(ckpt["config"])
+    if missing or ckpt["config"]["method"] not in METHODS:
+        raise data.DataError(
+            f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(missing)) or 'a known method'}"
+        )
     return ckpt
 
 

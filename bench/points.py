@@ -23,6 +23,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,6 +45,17 @@ def measure(x, points):
     return [near.mean().item(), far.mean().item(), w2.item()]
 
 
+def picture(path, folder, name):
+    """Rows: AGM, HOLD of order 3, flow matching (Adams-Bashforth, even steps); columns: 3, 5, 10, 20 calls."""
+    rows = []
+    for kind, title in (("denoiser", "AGM denoiser, exp"), ("denoiser", "HOLD3 denoiser, ode"), ("fm", "FM, Adams")):
+        [(_, method, order, sampler, _)] = peers.contenders(kind, [title])
+        ckpt = folder / f"{name}-{kind}-0" / "ckpt.pt"
+        x = [peers.draw(ckpt, method, order, sampler, 10_000, nfe, 0, {}).numpy() for nfe in (3, 5, 10, 20)]
+        rows.append(np.concatenate([data.histogram(v, 240, limit=2.1) for v in x], 1))
+    data.write_png(path, np.concatenate(rows, 0))
+
+
 TOY = "--nets denoiser --data gmm --seeds 1 --steps 2 --n 20 --nfe 2 --only AGM".split()
 
 
@@ -59,9 +71,12 @@ def main(argv=None):
     p.add_argument("--n", type=int, default=5000, help="samples")
     p.add_argument("--steps", type=int, default=6000, help="updates a network")
     p.add_argument("--out", default="runs/points", help="folder of networks and numbers")
+    p.add_argument("--picture", help="write this PNG instead, of the networks `denoiser` and `fm` of seed 0")
     args = p.parse_args(argv)
     peers.register()
     folder = Path(args.out)
+    if args.picture:
+        return picture(args.picture, folder, args.data[0])
     folder.mkdir(parents=True, exist_ok=True)
     for name in args.data:
         results = peers.Results(folder / f"{name}.json")

@@ -174,19 +174,21 @@ def loss(process, net, x, label=None):
     """
     if process.param == "denoiser":
         return denoiser_loss(process, net, x, label)
-    B = len(x)
-    u = (torch.arange(B) + torch.rand(B, dtype=torch.float64)) / B
-    t = process.t0 + (process.t1 - process.t0) * u  # (B,)
+    t = process.t0 + (process.t1 - process.t0) * stratified(len(x))  # (B,)
     m, target = training_pair(process, x, t, torch.randn_like(torch.cat([x, x], 1)))
     error = net(m, t.to(x), label) - target
     return mix((1 - t)[:, None, None], error**2).mean()  # one weight an image
 
 
+def stratified(n):
+    """n numbers (n,), each uniform on [0, 1], one in each of n equal parts: together they spread over the batch."""
+    return (torch.arange(n) + torch.rand(n, dtype=torch.float64)) / n
+
+
 def denoiser_loss(process, net, x, label=None):
     """E[|D - x|^2 / c_out^2] per dimension, D the denoiser at y = x + sigma noise, ln sigma ~ N(-1.2, 1.2^2): this is
     the same for every process. One sigma per image, stratified over the batch."""
-    B = len(x)
-    u = (torch.arange(B, dtype=torch.float64) + torch.rand(B, dtype=torch.float64)) / B
+    u = stratified(len(x))
     snr = torch.exp(-2 * (-1.2 + 1.2 * torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))))  # (B,)
     y = mix(snr.sqrt()[:, None, None], x) + torch.randn_like(x)  # over sigma
     error = precondition(process, net, y, snr, label) - x

@@ -258,17 +258,19 @@ def loss(process, net, x, label=None, weight="uniform"):
     `denoiser_loss`, with param = "denoiser".
 
     x: data (B, C, ...), unit scale. One t per image, stratified over the batch (each is uniform, together they spread).
-    weight: "uniform" is w = 1; "likelihood" is w = xi L_inv / L_nn^2 for t uniform on [t_min, T], the bound's weight:
-    the density of t is divided out, and even steps of lambda put the samples where that weight is large.
+    weight: "uniform" is w = 1; "likelihood", with param = "paper" only, is w = xi L_inv / L_nn^2 for t uniform on
+    [t_min, T], the bound's weight: the density of t is divided out, and even steps of lambda put the samples where that
+    weight is large. Errors: ValueError for any other weight.
     """
+    weights = ["uniform", "likelihood"] if process.param == "paper" else ["uniform"]
+    if weight not in weights:
+        raise ValueError(f"with param {process.param!r} weight must be one of {weights}, got {weight!r}")
     if process.param == "denoiser":
         return denoiser_loss(process, net, x, label)
     c = process.knots[0]
     t, slope = process.time(c[0] + (c[-1] - c[0]) * stratified(len(x)))  # (B,)
     m, target = training_pair(process, x, t, torch.randn_like(torch.cat([x] * process.n, 1)))
     error = net(m, t.to(x), label) - target
-    if weight not in ("uniform", "likelihood"):
-        raise ValueError(f"weight must be 'uniform' or 'likelihood', got {weight!r}")
     w = torch.ones_like(t)
     if weight == "likelihood":
         ratio = -slope * (c[-1] - c[0]) / (process.T - process.t_min)  # density of uniform t over that of t here

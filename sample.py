@@ -83,7 +83,7 @@ def restore(path, device, raw=False, method=None, order=None):
         net.load_state_dict(ckpt["net" if raw else "ema"])
     except RuntimeError:
         raise data.DataError(f"{path} does not fit the net that its config describes: train again") from None
-    return config, method, process, net.to(device).eval()
+    return config, method, process, net.to(device, memory_format=torch.channels_last).eval()
 
 
 def sampler_options(method, args):

@@ -1475,6 +1475,8 @@ def test_wrong_arguments():
         hold_ref.ode(P, net, m0, 5, order=5)
     with pytest.raises(ValueError, match="weight must be"):
         hold_ref.loss(P, net, torch.zeros(1, 2), weight="snr")
+    with pytest.raises(ValueError, match="with param 'denoiser' weight must be"):
+        hold_ref.loss(hold_ref.HOLD(param="denoiser"), net, torch.zeros(1, 2), weight="likelihood")
     with pytest.raises(ValueError, match="HOLD time runs from 0"):
         P.mean(-0.1)
     with pytest.raises(ValueError, match="HOLD time runs from 0"):
@@ -2508,4 +2510,5 @@ def test_readme_commands_run(folder, tmp_path, capsys):
             spec = importlib.util.spec_from_file_location("bench", HERE / script)
             bench = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(bench)
-            bench.main([*options, *bench.TOY])
+            images = ["--data", "cifar10", "--data-dir", str(tmp_path)] if script == "bench/images.py" else []
+            bench.main([*options, *bench.TOY, *images])

@@ -175,8 +175,7 @@ def build(config):
     if not size:
         return method, process, nets.MLP(channels, C, config["width"], config["blocks"], T, t_data)
     keys = ("width", "mult", "blocks", "attention", "dropout")
-    net = nets.UNet(channels, C, **{k: config[k] for k in keys}, T=T, t_data=t_data)
-    return method, process, net.to(memory_format=torch.channels_last)  # the faster layout for convolutions
+    return method, process, nets.UNet(channels, C, **{k: config[k] for k in keys}, T=T, t_data=t_data)
 
 
 def save_checkpoint(path, config, net, ema, optimizer, step):
@@ -220,6 +219,11 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as e:
         raise data.DataError(f"cannot use --device {name}: {str(e).splitlines()[0]}") from None
     return torch.device(name)
+
+
+def layout(device, amp):
+    """The faster memory format for convolutions; on a CPU in bf16, channels last took 1.5 times as long."""
+    return torch.contiguous_format if amp and device.type == "cpu" else torch.channels_last
 
 
 def open_folder(config):
@@ -287,7 +291,8 @@ def train(config, ckpt=None):
 
     torch.manual_seed(config["seed"])
     method, process, net = build(config)
-    net, ema = net.to(device), copy.deepcopy(net).to(device).requires_grad_(False)
+    net = net.to(device, memory_format=layout(device, config["amp"] == "bf16"))
+    ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config["lr"], weight_decay=0.01)
     start = 0
     if ckpt:

@@ -81,7 +81,7 @@ def main(argv=None):
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20, 50], help="network calls")
     p.add_argument("--n", type=int, default=5000, help="samples")
     p.add_argument("--search", type=int, default=1000, help="samples for the choice of a peer's grid")
-    p.add_argument("--steps", type=int, default=1500, help="updates of 128 images a network")
+    p.add_argument("--steps", type=int, default=5000, help="updates of 128 images a network")
     p.add_argument("--width", type=int, default=32, help="of the UNet")
     p.add_argument("--epochs", type=int, default=3, help="of the classifier")
     p.add_argument("--amp", choices=["off", "bf16"], default="bf16", help="autocast of training and sampling")
@@ -105,9 +105,9 @@ def main(argv=None):
     print(f"floor: {distance(test[: args.n] / 127.5 - 1)[0]:.4f} ({len(test[: args.n])} held-out images)", flush=True)
     results, rows = peers.Results(folder / f"{args.data}.json"), {}
     options = ["--data", str(file), "--width", str(args.width), "--mult", "1", "2", "--blocks", "1", "--batch", "128"]
-    options += ["--lr", "2e-3", "--steps", str(args.steps), "--amp", args.amp]
+    options += ["--lr", "2e-3", "--amp", args.amp]
     for kind in args.nets:
-        path = peers.checkpoint(folder / f"{args.data}-{kind}", kind, options)
+        path = peers.checkpoint(folder / f"{args.data}-{kind}", kind, args.steps, options)
         sampling = partial(
             peers.evaluate, n_search=args.search, batch=250, amp=args.amp == "bf16", score=lambda row: row[0]
         )

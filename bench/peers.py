@@ -180,14 +180,16 @@ def contenders(kind, only):
     return [c for c in found if any(part in c[0] for part in only)]
 
 
-def checkpoint(out, kind, options):
+def checkpoint(out, kind, steps, options):
     """The checkpoint of folder `out`, which is trained, or trained to the end, if it is not there."""
-    options = [*options, "--out", str(out), "--param", "denoiser" if kind == "denoiser" else "paper"]
+    options = [*options, "--steps", str(steps), "--out", str(out), "--param", "denoiser" if kind == "denoiser" else "paper"]
     options += ["--method", "agm" if kind == "denoiser" else kind.rstrip("1234")]
     options += ["--order", kind[-1]] if kind.startswith("hold") else []
     if not (out / "ckpt.pt").exists():
         train.main(options)
     ckpt = train.load_checkpoint(out / "ckpt.pt")
+    if ckpt["config"]["steps"] != steps:  # the numbers kept beside it belong to it
+        sys.exit(f"error: {out} holds {ckpt['config']['steps']} updates, not {steps}: change --steps, or --out")
     if ckpt["step"] < ckpt["config"]["steps"]:
         train.main(["--resume", "--out", str(out), "--data", ckpt["config"]["data"]])
     return out / "ckpt.pt"
@@ -197,6 +199,7 @@ def checkpoint(out, kind, options):
 def draw(path, method, order, sampler, n, nfe, seed, grid, batch=5000, amp=False):
     """n samples on the CPU, `batch` at a time."""
     config, _, process, net = restore(path, "cpu", method=method, order=order)
+    net = net.to(memory_format=train.layout(torch.device("cpu"), amp))
     prior = FM().prior if method is None and process.n > 1 else process.prior  # EDM's samplers start from plain noise
     generator, out = torch.Generator().manual_seed(seed), []
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):

@@ -89,8 +89,8 @@ def main(argv=None):
             wanted = peers.contenders(kind, args.only)
             paths = []
             for seed in range(args.seeds if wanted else 0):
-                options = ["--data", name, "--seed", str(seed), "--steps", str(args.steps)]
-                paths.append(peers.checkpoint(folder / f"{name}-{kind}-{seed}", kind, options))
+                options = ["--data", name, "--seed", str(seed)]
+                paths.append(peers.checkpoint(folder / f"{name}-{kind}-{seed}", kind, args.steps, options))
             for contender in wanted:
                 against = partial(measure, points=points)
                 rows[contender[0]] = peers.evaluate(

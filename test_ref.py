@@ -2471,6 +2471,20 @@ def test_a_mistake_is_one_line_and_loses_nothing(toy, folder, name, capsys):
     assert snapshot(toy) == before and not list(folder.rglob("*.*"))
 
 
+def load_bench(script):
+    spec = importlib.util.spec_from_file_location("bench", HERE / script)
+    bench = importlib.util.module_from_spec(spec)
+    sys.modules["bench"] = bench  # dataclasses look their module up
+    spec.loader.exec_module(bench)
+    return bench
+
+
+def test_bench_refuses_networks_of_another_number_of_updates(folder):
+    train.main([*TOY, "--data", "gmm", "--out", "net"])
+    with pytest.raises(SystemExit, match="net holds 6 updates, not 3: change --steps, or --out"):
+        load_bench("bench/peers.py").checkpoint(Path("net"), "denoiser", 3, [])
+
+
 def test_errors_reach_the_shell_as_one_line_and_a_status(folder):
     command = [sys.executable, str(HERE / "sample.py"), "--ckpt", "none.pt"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -2507,8 +2521,6 @@ def test_readme_commands_run(folder, tmp_path, capsys):
         elif script == "sample.py":
             sample.main([*options, "--n", "4", "--nfe", "2"])
         else:
-            spec = importlib.util.spec_from_file_location("bench", HERE / script)
-            bench = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(bench)
+            bench = load_bench(script)
             images = ["--data", "cifar10", "--data-dir", str(tmp_path)] if script == "bench/images.py" else []
             bench.main([*options, *bench.TOY, *images])

@@ -60,6 +60,18 @@ def classifier(path, train, labels, test, test_labels, epochs=3):
     return lambda x: torch.cat([body(part) for part in x.split(1000)])
 
 
+def picture(path, found, rows, nfes):
+    """A row each for AGM, HOLD of order 3, flow matching and EDM: six samples at every NFE, from the same noise."""
+    strips = []
+    for title in ("AGM denoiser, exponential", "HOLD3 denoiser, ode", "FM, Adams-Bashforth 2", "EDM, DPM-Solver++(2M)"):
+        (_, method, order, sampler, _), ckpt = found[title]
+        x = [peers.draw(ckpt, method, order, sampler, 6, nfe, 0, rows[title][nfe][0]) for nfe in nfes]
+        images = np.pad(data.Dataset.to_pixels(torch.cat(x)), [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=255)
+        blocks = [np.concatenate(part, 1) for part in np.split(images, len(nfes))]
+        strips.append(np.concatenate([np.pad(b, [(0, 0), (0, 4), (0, 0)], constant_values=255) for b in blocks], 1))
+    data.write_png(path, np.concatenate(strips, 0).repeat(2, 0).repeat(2, 1))
+
+
 TOY = "--steps 2 --n 20 --search 10 --nfe 2 --only AGM --epochs 1 --nets denoiser --width 8".split()
 
 
@@ -86,6 +98,7 @@ def main(argv=None):
     p.add_argument("--epochs", type=int, default=3, help="of the classifier")
     p.add_argument("--amp", choices=["off", "bf16"], default="bf16", help="autocast of training and sampling")
     p.add_argument("--out", default="runs/images", help="folder of networks and numbers")
+    p.add_argument("--picture", help="also write this PNG: samples of AGM, HOLD of order 3, flow matching, EDM")
     args = p.parse_args(argv)
     peers.register()
     folder = Path(args.out)
@@ -104,6 +117,7 @@ def main(argv=None):
 
     print(f"floor: {distance(test[: args.n] / 127.5 - 1)[0]:.4f} ({len(test[: args.n])} held-out images)", flush=True)
     results, rows = peers.Results(folder / f"{args.data}.json"), {}
+    found = {}
     options = ["--data", str(file), "--width", str(args.width), "--mult", "1", "2", "--blocks", "1", "--batch", "128"]
     options += ["--lr", "2e-3", "--amp", args.amp]
     for kind in args.nets:
@@ -112,9 +126,12 @@ def main(argv=None):
             peers.evaluate, n_search=args.search, batch=250, amp=args.amp == "bf16", score=lambda row: row[0]
         )
         for contender in peers.contenders(kind, args.only):
+            found[contender[0]] = contender, path
             rows[contender[0]] = sampling(contender, [path], args.nfe, args.n, distance, results)
     peers.table(rows, args.nfe, 0)
     peers.grids_used(rows)
+    if args.picture:
+        picture(args.picture, found, rows, args.nfe)
 
 
 if __name__ == "__main__":

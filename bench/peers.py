@@ -182,7 +182,8 @@ def contenders(kind, only):
 
 def checkpoint(out, kind, steps, options):
     """The checkpoint of folder `out`, which is trained, or trained to the end, if it is not there."""
-    options = [*options, "--steps", str(steps), "--out", str(out), "--param", "denoiser" if kind == "denoiser" else "paper"]
+    options = [*options, "--steps", str(steps), "--out", str(out)]
+    options += ["--param", "denoiser" if kind == "denoiser" else "paper"]
     options += ["--method", "agm" if kind == "denoiser" else kind.rstrip("1234")]
     options += ["--order", kind[-1]] if kind.startswith("hold") else []
     if not (out / "ckpt.pt").exists():

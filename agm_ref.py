@@ -32,6 +32,8 @@ so instead of F the network may learn to denoise y (param = "denoiser"); that ne
     L_t      cholesky(t)       (..., 2, 2)  lower factor of Sigma_t
     r        gain(t)           (..., 2)     noise part of the target F
     s        scale(t)          (...)        |r|, so that F / s has unit variance at x1 = 0
+    kappa    kappa(t)          (..., 2)     L^-1 mean; |kappa|^2 is the SNR
+    lambda   clock(t, R)       (...)        log(1 + R sqrt(SNR)): the times of `ode` are even in it
     y        project(t)        w (..., 2) and SNR (...) with y / sigma = w . m
     F_theta  s * net(m, t)     "paper": what the network learns, net(m, t, label) -> (B, C, ...), t of shape (B,)
     D        precondition()    "denoiser": E[x1 | y] from net(c_in y, sigma / (1 + sigma), label)
@@ -42,6 +44,7 @@ device (`mix`). Data have unit scale: images in [-1, 1].
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import ClassVar
 
@@ -139,6 +142,23 @@ class AGM:
         kappa = torch.linalg.solve_triangular(L, self.mean(t)[..., None], upper=False)
         w, snr = torch.linalg.solve_triangular(L.mT, kappa, upper=True)[..., 0], kappa.square().sum((-2, -1))
         return w / snr.sqrt()[..., None], snr
+
+    def kappa(self, t):
+        """(..., 2): L^-1 mean."""
+        return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
+
+    def clock(self, t, scale):
+        """(...): lambda = log(1 + scale sqrt(SNR))."""
+        return torch.log1p(scale * self.kappa(t).norm(dim=-1))
+
+    def time(self, clock, scale):
+        """t (...) in [t0, t1] at lambda = clock, by bisection."""
+        low, high = torch.full_like(clock, self.t0), torch.full_like(clock, self.t1)
+        for _ in range(60):
+            middle = (low + high) / 2
+            early = self.clock(middle, scale) < clock
+            low, high = torch.where(early, middle, low), torch.where(early, high, middle)
+        return high
 
     def prior(self, shape, generator=None):
         """(B, 2C, ...) float32 draw of the state at t = 0 for data of shape (B, C, ...), on the generator's device."""
@@ -248,13 +268,16 @@ def denoise(process, net, m, t, label=None):
 # them all, whether it learned the SDE's or the ODE's.
 
 
-def grid(process, n, rho, t_end):
-    """n times from t0 to t_end, uniform in t^(1/rho): rho = 1 is uniform, rho = 2 the paper's."""
+def grid(process, n, rho, t_end, R=None):
+    """n times from t0 to t_end, uniform in t^(1/rho): rho = 1 is uniform, rho = 2 the paper's. Given R, uniform in
+    lambda^(1/rho), lambda = clock(t, R)."""
     if n < 1:
         raise ValueError(f"nfe counts network calls and must be at least 1, got {n}")
     if not (rho > 0 and process.t0 < t_end <= process.t1):
         raise ValueError(f"want rho > 0 and {process.t0} < t_end <= {process.t1}, got rho={rho}, t_end={t_end}")
-    return (torch.linspace(process.t0 ** (1 / rho), t_end ** (1 / rho), n, dtype=torch.float64) ** rho).tolist()
+    a, b = (float(t if R is None else process.clock(t, R)) ** (1 / rho) for t in (process.t0, t_end))
+    u = torch.linspace(a, b, n, dtype=torch.float64) ** rho
+    return (u if R is None else process.time(u, R)).tolist()
 
 
 def last_time(process, nfe):
@@ -308,6 +331,42 @@ def drift(m, h):
     return mix(torch.tensor([[1.0, h], [0.0, 1.0]], dtype=torch.float64), m)
 
 
+def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
+    """ODE, dz = E[x1|m] dkappa with z = L^-1 m, exponential Adams-Bashforth: the data prediction of the last `order`
+    (1-4) calls is extrapolated in lambda and the rest integrated exactly.
+
+    Given x1, z moves with kappa and eps stands still; averaged over x1 this has the SDE's marginals, as the probability
+    flow has. lambda = log(1 + R sqrt(SNR)) with R = sigma_data sqrt(d), the length of a sample of d numbers: what noise
+    of that size leaves, the mean and contrast of a whole image, is where the first steps belong. Calls are even in
+    lambda^(1/rho). t_end: time of the last call (default: noise of std 1/(3 nfe)).
+    """
+    if order not in (1, 2, 3, 4):
+        raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
+    R = process.sigma_data * math.sqrt(m0[0].numel() / process.n)
+    ts = grid(process, nfe, rho, noise_time(process, 1 / (3 * max(nfe, 1))) if t_end is None else t_end, R)
+    z, past = mix(torch.linalg.inv(process.cholesky(ts[0])), m0), []  # past: (lambda, x1) of the last calls
+    for t, t_next in pairwise(ts):
+        x1 = denoise(process, net, mix(process.cholesky(t), z), t, label)
+        past = [*past, (float(process.clock(t, R)), x1)][-order:]
+        weights = kappa_steps(process, t, t_next, R, tuple(clock for clock, _ in past))
+        z = z + mix(weights, torch.cat([x1 for _, x1 in past], 1))
+    return denoise(process, net, mix(process.cholesky(ts[-1]), z), ts[-1], label)
+
+
+def noise_time(process, sigma):
+    """The time (a float) at which y has noise of std sigma."""
+    return float(process.time(torch.tensor(1 / sigma, dtype=torch.float64).log1p(), 1.0))
+
+
+@lru_cache(1000)  # the same for every batch
+def kappa_steps(process, t, t_next, R, nodes, parts=256):
+    """(n, p): column i is int l_i(lambda) dkappa from t to t_next, l_i the Lagrange polynomial of node i."""
+    u = 1 - torch.linspace(math.log1p(-t), math.log1p(-t_next), parts + 1, dtype=torch.float64).exp()
+    kappa, clock = process.kappa(u), process.clock(u, R)
+    basis = torch.stack([lagrange(nodes, i, (clock[1:] + clock[:-1]) / 2) for i in range(len(nodes))])  # (p, parts)
+    return (basis @ kappa.diff(dim=0)).mT
+
+
 def exponential(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
     """Probability-flow ODE, exponential Adams-Bashforth: N = F/s of the last `order` (1-4) calls is extrapolated over
     the step, x += h v + int (t + h - u) s(u) N(u) du, v += int s(u) N(u) du, by Gauss-Legendre.
@@ -345,4 +404,4 @@ def lagrange(times, i, u):
     return math.prod(terms, start=torch.ones_like(u))
 
 
-SAMPLERS = {"exponential": exponential, "splitting": splitting, "em": em}  # the first is the default
+SAMPLERS = {"exponential": exponential, "ode": ode, "splitting": splitting, "em": em}  # the first is the default

@@ -75,7 +75,7 @@ class HOLD:
     snr_max: float = 4e4  # SNR of t_min, first time of training and the latest a sampler may ask the network about
     bound: float = math.inf  # largest |x| of the data (images: 1); data predictions are kept within it
     param: str = "paper"  # what the network learns: eps_n from m ("paper"), or x from y ("denoiser")
-    sigma_data: float = 0.5  # standard deviation of the data, for the denoiser and for `ode`
+    sigma_data: float = 0.5  # standard deviation of the data, for the denoiser and for the grid of `ode`
     t_data: ClassVar[float] = 0.0  # where on the time axis the data are
 
     def __post_init__(self):
@@ -195,10 +195,11 @@ class HOLD:
         """(...): mean^T cov^-1 mean, falling from infinity at t = 0."""
         return self.kappa(t).square().sum(-1)
 
-    def clock(self, t):
-        """(...): lambda = log(1 + 10 sqrt(SNR)). At SNR < .01 little is known of x and even steps of sqrt(SNR) will do;
-        above, a network's error in x is its error in eps_n over kappa_n, and steps must be even factors of it."""
-        return torch.log1p(10 * self.snr(t).sqrt())
+    def clock(self, t, scale=10.0):
+        """(...): lambda = log(1 + scale sqrt(SNR)). Below SNR = 1/scale^2 little is known of x and even steps of
+        sqrt(SNR) will do; above, a network's error in x is its error in eps_n over kappa_n, and steps must be even
+        factors of it."""
+        return torch.log1p(scale * self.snr(t).sqrt())
 
     def time_of(self, snr):
         """The time (a float) at which the SNR falls to `snr`, by bisection in log t."""
@@ -343,14 +344,16 @@ def denoise(process, net, m, t, label=None):
 # data prediction of the last call. Each takes its force from the data prediction, so any denoiser serves them all.
 
 
-def grid(process, n, rho, t_end):
-    """n times from T down to t_end, uniform in lambda^(1/rho): in t, a high order would skip low noise."""
+def grid(process, n, rho, t_end, scale=10.0):
+    """n times from T down to t_end, uniform in lambda^(1/rho), lambda = clock(t, scale): in t, a high order would skip
+    low noise."""
     if n < 1:
         raise ValueError(f"nfe counts network calls and must be at least 1, got {n}")
     if not (rho > 0 and process.t_min <= t_end < process.T):
         raise ValueError(f"want rho > 0 and {process.t_min} <= t_end < {process.T}, got rho={rho}, t_end={t_end}")
-    a, b = (float(process.clock(t)) ** (1 / rho) for t in (process.T, t_end))
-    return process.time(torch.linspace(a, b, n, dtype=torch.float64) ** rho)[0].tolist()
+    a, b = (float(process.clock(t, scale)) ** (1 / rho) for t in (process.T, t_end))
+    root_snr = torch.expm1(torch.linspace(a, b, n, dtype=torch.float64) ** rho) / scale
+    return process.time(torch.log1p(10 * root_snr))[0].tolist()
 
 
 def last_time(process, nfe):
@@ -423,50 +426,33 @@ def kick(process, x, m, t, h):
 
 
 def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
-    """ODE, dz = E[x|m] dkappa, exponential Adams-Bashforth. With s = sigma_data and c = (1 + s^2 SNR)^-1/2,
+    """ODE, dz = E[x|m] dkappa, exponential Adams-Bashforth: the data prediction of the last `order` (1-4) calls is
+    extrapolated in lambda and the rest integrated exactly.
 
-        E[x|m] = (s c)^2 kappa . z + s c N
-
-    where the first term is the answer for Gaussian data of standard deviation s, so that N, the rest (the output of
-    EDM's network), is 0 there and smooth elsewhere. The N of the last `order` (1-4) calls is extrapolated in lambda and
-    all else solved exactly. Order 3 is often sharper, order 2 covers the data better. t_end: time of the last call
+    lambda = log(1 + R sqrt(SNR)) with R = sigma_data sqrt(d), the length of a sample of d numbers: what noise of that
+    size leaves, the mean and contrast of a whole image, is where the first steps belong. t_end: time of the last call
     (default `last_time`).
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
-    s, ts = process.sigma_data, grid(process, nfe, rho, last_time(process, nfe) if t_end is None else t_end)
-    z, past = mix(torch.linalg.inv(process.cholesky(ts[0])), m0), []  # past: (lambda, N) of the last calls
+    R = process.sigma_data * math.sqrt(m0[0].numel() / process.n)
+    ts = grid(process, nfe, rho, last_time(process, nfe) if t_end is None else t_end, R)
+    z, past = mix(torch.linalg.inv(process.cholesky(ts[0])), m0), []  # past: (lambda, x) of the last calls
     for t, t_next in pairwise(ts):
         x = denoise(process, net, mix(process.cholesky(t), z), t, label)
-        sc = s / math.sqrt(1 + s**2 * float(process.snr(t)))
-        N = x / sc - mix(sc * process.kappa(t)[None], z)
-        past = [*past, (float(process.clock(t)), N)][-order:]
-        flow = gaussian_flow(process, t, t_next, tuple(clock for clock, _ in past))
-        z = mix(flow, torch.cat([z, *(N for _, N in past)], 1))
+        past = [*past, (float(process.clock(t, R)), x)][-order:]
+        weights = kappa_steps(process, t, t_next, R, tuple(clock for clock, _ in past))
+        z = z + mix(weights, torch.cat([x for _, x in past], 1))
     return denoise(process, net, mix(process.cholesky(ts[-1]), z), ts[-1], label)
 
 
 @lru_cache(1000)  # the same for every batch
-def gaussian_flow(process, t, t_next, nodes, steps=32):
-    """(n, n + p): takes (z, N_1 ... N_p) at t to z at t_next, N the polynomial in lambda through N_i at node i.
-
-    dz = s c (s c kappa . z + N) dkappa is linear in (z, N_1 ... N_p), with a matrix of rank one; Runge-Kutta in log t.
-    """
-    s = torch.linspace(math.log(t), math.log(t_next), 2 * steps + 1, dtype=torch.float64)
-    u, h, zero = s.exp(), (s[2] - s[0]).item(), torch.zeros(len(s), len(nodes), dtype=torch.float64)
-    kappa, clock = process.kappa(u), process.clock(u)
-    sc = process.sigma_data * (1 + process.sigma_data**2 * kappa.square().sum(-1, keepdim=True)) ** -0.5
-    basis = torch.stack([lagrange(nodes, i, clock) for i in range(len(nodes))], -1)
-    column = torch.cat([sc * u[:, None] * process.kappa_rate(u), zero], -1)
-    A = column[:, :, None] * torch.cat([sc * kappa, basis], -1)[:, None]  # (2 steps + 1, n + p, n + p)
-    Y = torch.eye(A.shape[-1], dtype=torch.float64)
-    for i in range(0, 2 * steps, 2):
-        k1 = A[i] @ Y
-        k2 = A[i + 1] @ (Y + h / 2 * k1)
-        k3 = A[i + 1] @ (Y + h / 2 * k2)
-        k4 = A[i + 2] @ (Y + h * k3)
-        Y = Y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    return Y[: process.n]
+def kappa_steps(process, t, t_next, R, nodes, parts=256):
+    """(n, p): column i is int l_i(lambda) dkappa from t to t_next, l_i the Lagrange polynomial of node i."""
+    u = torch.linspace(math.log(t), math.log(t_next), parts + 1, dtype=torch.float64).exp()
+    kappa, clock = process.kappa(u), process.clock(u, R)
+    basis = torch.stack([lagrange(nodes, i, (clock[1:] + clock[:-1]) / 2) for i in range(len(nodes))])  # (p, parts)
+    return (basis @ kappa.diff(dim=0)).mT
 
 
 def gauss_legendre(a, b, nodes=16):

@@ -88,7 +88,7 @@ def main(argv=None):
         "--only",
         nargs="+",
         help="contenders whose name contains one of these",
-        default=["AGM denoiser, exp", "HOLD1 denoiser, ode", "HOLD3 denoiser, ode", "FM", "EDM"],
+        default=["AGM denoiser, ode", "AGM denoiser, exp", "HOLD3 denoiser, ode", "FM", "EDM"],
     )
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20, 50], help="network calls")
     p.add_argument("--n", type=int, default=5000, help="samples")

@@ -211,15 +211,19 @@ def draw(path, method, order, sampler, n, nfe, seed, grid, batch=5000, amp=False
 
 
 class Results(dict):
-    """{key: list of numbers}, kept in a file."""
+    """{key: list of numbers}, kept in a file that parts of a run may share."""
 
     def __init__(self, path):
         self.path = path
-        super().__init__(json.loads(path.read_text()) if path.exists() else {})
+        self.read()
+
+    def read(self):
+        self.update(json.loads(self.path.read_text()) if self.path.exists() else {})
 
     def of(self, key, compute):
         if key not in self:
             self[key] = compute()
+            self.read()
             temporary = self.path.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps(self, indent=0))
             temporary.replace(self.path)

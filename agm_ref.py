@@ -336,9 +336,9 @@ def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
     (1-4) calls is extrapolated in lambda and the rest integrated exactly.
 
     Given x1, z moves with kappa and eps stands still; averaged over x1 this has the SDE's marginals, as the probability
-    flow has. lambda = log(1 + R sqrt(SNR)) with R = sigma_data sqrt(d), the length of a sample of d numbers: what noise
-    of that size leaves, the mean and contrast of a whole image, is where the first steps belong. Calls are even in
-    lambda^(1/rho). t_end: time of the last call (default: noise of std 1/(3 nfe)).
+    flow has. lambda = log(1 + R sqrt(SNR)) with R = sigma_data sqrt(d), the length of a sample of d numbers: a whole
+    image stands out from noise of that size, which drowns each of its pixels, and there the first steps belong. Calls
+    are even in lambda^(1/rho). t_end: time of the last call (default: noise of std 1/(3 nfe)).
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")

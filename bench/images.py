@@ -5,7 +5,7 @@
     python bench/images.py --data cifar10 --data-dir DIR    CIFAR-10, whole or in part, at 32x32
 
 Every network is the same UNet with the same number of updates (the minutes are in its log): `denoiser`, which
-AGM, HOLD of orders 1 and 3 and EDM's samplers share, and `fm`, flow matching with torchcfm's loss. The Fréchet distance
+AGM, HOLD of order 3 and EDM's samplers share, and `fm`, flow matching with torchcfm's loss. The Fréchet distance
 is between samples and training images in the features of a small classifier that this script trains on their labels;
 floor is that of as many held-out images. Ours run on their default grid, peers on the best of the grids in peers.PEERS
 at every NFE up to 20, found with --search samples. Networks and numbers are kept in --out.
@@ -63,7 +63,7 @@ def classifier(path, train, labels, test, test_labels, epochs=3):
 def picture(path, found, rows, nfes):
     """A row each for AGM, HOLD of order 3, flow matching and EDM: six samples at every NFE, from the same noise."""
     strips = []
-    for title in ("AGM denoiser, exponential", "HOLD3 denoiser, ode", "FM, Adams-Bashforth 2", "EDM, DPM-Solver++(2M)"):
+    for title in ("AGM denoiser, ode", "HOLD3 denoiser, ode", "FM, Adams-Bashforth 2", "EDM, DPM-Solver++(2M)"):
         (_, method, order, sampler, _), ckpt = found[title]
         x = [peers.draw(ckpt, method, order, sampler, 6, nfe, 0, rows[title][nfe][0]) for nfe in nfes]
         images = np.pad(data.Dataset.to_pixels(torch.cat(x)), [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=255)

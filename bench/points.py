@@ -46,9 +46,9 @@ def measure(x, points):
 
 
 def picture(path, folder, name):
-    """Rows: AGM, HOLD of order 3, flow matching (Adams-Bashforth, even steps); columns: 3, 5, 10, 20 calls."""
+    """Rows: AGM, HOLD of order 3 (`ode`), flow matching (Adams-Bashforth, even steps); columns: 3, 5, 10, 20 calls."""
     rows = []
-    for kind, title in (("denoiser", "AGM denoiser, exp"), ("denoiser", "HOLD3 denoiser, ode"), ("fm", "FM, Adams")):
+    for kind, title in (("denoiser", "AGM denoiser, ode"), ("denoiser", "HOLD3 denoiser, ode"), ("fm", "FM, Adams")):
         [(_, method, order, sampler, _)] = peers.contenders(kind, [title])
         ckpt = folder / f"{name}-{kind}-0" / "ckpt.pt"
         x = [peers.draw(ckpt, method, order, sampler, 10_000, nfe, 0, {}).numpy() for nfe in (3, 5, 10, 20)]

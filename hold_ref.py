@@ -435,7 +435,7 @@ def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
-    R = process.sigma_data * math.sqrt(m0[0].numel() / process.n)
+    R = process.sigma_data * math.sqrt(m0[0].numel() / process.n) if process.param == "denoiser" else 10.0
     ts = grid(process, nfe, rho, last_time(process, nfe) if t_end is None else t_end, R)
     z, past = mix(torch.linalg.inv(process.cholesky(ts[0])), m0), []  # past: (lambda, x) of the last calls
     for t, t_next in pairwise(ts):

@@ -430,8 +430,9 @@ def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
     extrapolated in lambda and the rest integrated exactly.
 
     lambda = log(1 + R sqrt(SNR)) with R = sigma_data sqrt(d), the length of a sample of d numbers: a whole image
-    stands out from noise of that size, which drowns each of its pixels, and there the first steps belong. Calls are
-    even in lambda^(1/rho). t_end: time of the last call (default `last_time`).
+    stands out from noise of that size, which drowns each of its pixels, and there the first steps belong. An
+    eps-network, whose first prediction is too poor for a long step, keeps the clock it was trained with, R = 10. Calls
+    are even in lambda^(1/rho). t_end: time of the last call (default `last_time`).
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")

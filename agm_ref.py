@@ -147,16 +147,16 @@ class AGM:
         """(..., 2): L^-1 mean."""
         return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
 
-    def clock(self, t, scale):
-        """(...): lambda = log(1 + scale sqrt(SNR))."""
-        return torch.log1p(scale * self.kappa(t).norm(dim=-1))
+    def clock(self, t, R):
+        """(...): lambda = log(1 + R sqrt(SNR))."""
+        return torch.log1p(R * self.kappa(t).norm(dim=-1))
 
-    def time(self, clock, scale):
+    def time(self, clock, R):
         """t (...) in [t0, t1] at lambda = clock, by bisection."""
         low, high = torch.full_like(clock, self.t0), torch.full_like(clock, self.t1)
         for _ in range(60):
             middle = (low + high) / 2
-            early = self.clock(middle, scale) < clock
+            early = self.clock(middle, R) < clock
             low, high = torch.where(early, middle, low), torch.where(early, high, middle)
         return high
 
@@ -268,6 +268,7 @@ def denoise(process, net, m, t, label=None):
 # them all, whether it learned the SDE's or the ODE's.
 
 
+@lru_cache(1000)  # the same for every batch
 def grid(process, n, rho, t_end, R=None):
     """n times from t0 to t_end, uniform in t^(1/rho): rho = 1 is uniform, rho = 2 the paper's. Given R, uniform in
     lambda^(1/rho), lambda = clock(t, R)."""
@@ -277,7 +278,7 @@ def grid(process, n, rho, t_end, R=None):
         raise ValueError(f"want rho > 0 and {process.t0} < t_end <= {process.t1}, got rho={rho}, t_end={t_end}")
     a, b = (float(t if R is None else process.clock(t, R)) ** (1 / rho) for t in (process.t0, t_end))
     u = torch.linspace(a, b, n, dtype=torch.float64) ** rho
-    return (u if R is None else process.time(u, R)).tolist()
+    return tuple((u if R is None else process.time(u, R)).tolist())
 
 
 def last_time(process, nfe):
@@ -353,6 +354,7 @@ def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
     return denoise(process, net, mix(process.cholesky(ts[-1]), z), ts[-1], label)
 
 
+@lru_cache(1000)
 def noise_time(process, sigma):
     """The time (a float) at which y has noise of std sigma."""
     return float(process.time(torch.tensor(1 / sigma, dtype=torch.float64).log1p(), 1.0))

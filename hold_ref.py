@@ -35,7 +35,7 @@ Gaussian does not notice: the probability flow turns the faster the higher the o
     Sigma_t    cov(t)               (..., n, n)  covariance of the blocks given x
     L_t        cholesky(t)          (..., n, n)  lower factor of Sigma_t
     kappa      kappa(t)             (..., n)     L^-1 mean; |kappa|^2 is snr(t)
-    lambda     clock(t)             (...)        log(1 + 10 sqrt(SNR)): training times and grids are even in it
+    lambda     clock(t, R)          (...)        log(1 + R sqrt(SNR)): training times and grids are even in it
     y          project(t)           w (..., n) and SNR (...) with y / sigma = w . m
     eps_theta  net(m, t)            "paper": what the network learns, net(m, t, label) -> (B, C, ...), t of shape (B,)
     D          precondition()       "denoiser": E[x | y] from net(c_in y, sigma / (1 + sigma), label)
@@ -76,6 +76,7 @@ class HOLD:
     bound: float = math.inf  # largest |x| of the data (images: 1); data predictions are kept within it
     param: str = "paper"  # what the network learns: eps_n from m ("paper"), or x from y ("denoiser")
     sigma_data: float = 0.5  # standard deviation of the data, for the denoiser and for the grid of `ode`
+    R: ClassVar[float] = 10.0  # of the clock that an eps-network is trained in, and the SDE samplers step in
     t_data: ClassVar[float] = 0.0  # where on the time axis the data are
 
     def __post_init__(self):
@@ -195,11 +196,10 @@ class HOLD:
         """(...): mean^T cov^-1 mean, falling from infinity at t = 0."""
         return self.kappa(t).square().sum(-1)
 
-    def clock(self, t, scale=10.0):
-        """(...): lambda = log(1 + scale sqrt(SNR)). Below SNR = 1/scale^2 little is known of x and even steps of
-        sqrt(SNR) will do; above, a network's error in x is its error in eps_n over kappa_n, and steps must be even
-        factors of it."""
-        return torch.log1p(scale * self.snr(t).sqrt())
+    def clock(self, t, R=R):
+        """(...): lambda = log(1 + R sqrt(SNR)). Below SNR = 1/R^2 little is known of x and even steps of sqrt(SNR) will
+        do; above, a network's error in x is its error in eps_n over kappa_n, and steps must be even factors of it."""
+        return torch.log1p(R * self.snr(t).sqrt())
 
     def time_of(self, snr):
         """The time (a float) at which the SNR falls to `snr`, by bisection in log t."""
@@ -344,18 +344,20 @@ def denoise(process, net, m, t, label=None):
 # data prediction of the last call. Each takes its force from the data prediction, so any denoiser serves them all.
 
 
-def grid(process, n, rho, t_end, scale=10.0):
-    """n times from T down to t_end, uniform in lambda^(1/rho), lambda = clock(t, scale): in t, a high order would skip
-    low noise."""
+@lru_cache(1000)  # the same for every batch
+def grid(process, n, rho, t_end, R=HOLD.R):
+    """n times from T down to t_end, uniform in lambda^(1/rho), lambda = clock(t, R): in t, a high order would skip low
+    noise."""
     if n < 1:
         raise ValueError(f"nfe counts network calls and must be at least 1, got {n}")
     if not (rho > 0 and process.t_min <= t_end < process.T):
         raise ValueError(f"want rho > 0 and {process.t_min} <= t_end < {process.T}, got rho={rho}, t_end={t_end}")
-    a, b = (float(process.clock(t, scale)) ** (1 / rho) for t in (process.T, t_end))
-    root_snr = torch.expm1(torch.linspace(a, b, n, dtype=torch.float64) ** rho) / scale
-    return process.time(torch.log1p(10 * root_snr))[0].tolist()
+    a, b = (float(process.clock(t, R)) ** (1 / rho) for t in (process.T, t_end))
+    root_snr = torch.expm1(torch.linspace(a, b, n, dtype=torch.float64) ** rho) / R
+    return tuple(process.time(torch.log1p(process.R * root_snr))[0].tolist())
 
 
+@lru_cache(1000)
 def last_time(process, nfe):
     """Where a sampler ends by default: noise of std 1/(3 nfe) on unit data, or t_min if that is later."""
     return max(process.time_of((3 * max(nfe, 1)) ** 2), process.t_min)
@@ -431,12 +433,12 @@ def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
 
     lambda = log(1 + R sqrt(SNR)) with R = sigma_data sqrt(d), the length of a sample of d numbers: a whole image
     stands out from noise of that size, which drowns each of its pixels, and there the first steps belong. An
-    eps-network, whose first prediction is too poor for a long step, keeps the clock it was trained with, R = 10. Calls
-    are even in lambda^(1/rho). t_end: time of the last call (default `last_time`).
+    eps-network, whose first prediction is too poor for a long step, keeps the clock it was trained in. Calls are even
+    in lambda^(1/rho). t_end: time of the last call (default `last_time`).
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
-    R = process.sigma_data * math.sqrt(m0[0].numel() / process.n) if process.param == "denoiser" else 10.0
+    R = process.sigma_data * math.sqrt(m0[0].numel() / process.n) if process.param == "denoiser" else process.R
     ts = grid(process, nfe, rho, last_time(process, nfe) if t_end is None else t_end, R)
     z, past = mix(torch.linalg.inv(process.cholesky(ts[0])), m0), []  # past: (lambda, x) of the last calls
     for t, t_next in pairwise(ts):

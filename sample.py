@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import data
-from train import METHODS, build, load_checkpoint, make_folder, newest_checkpoint, pick_device, refuse, run
+from train import METHODS, build, layout, load_checkpoint, make_folder, newest_checkpoint, pick_device, refuse, run
 
 OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "order"}  # command line -> the sampler's keyword
 
@@ -63,9 +63,9 @@ class Noise:
         return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators]).to(like)
 
 
-def restore(path, device, raw=False, method=None, order=None):
-    """Checkpoint -> (config, method module, process, net in eval mode). A denoiser serves any method and order; for any
-    other net DataError says what it was trained for."""
+def restore(path, device, raw=False, method=None, order=None, amp=False):
+    """Checkpoint -> (config, method module, process, net in eval mode), amp if the caller will use bf16. A denoiser
+    serves any method and order; for any other net DataError says what it was trained for."""
     ckpt = load_checkpoint(path)
     config = ckpt["config"]
     if order is not None and (method or config["method"]) != "hold":
@@ -83,7 +83,7 @@ def restore(path, device, raw=False, method=None, order=None):
         net.load_state_dict(ckpt["net" if raw else "ema"])
     except RuntimeError:
         raise data.DataError(f"{path} does not fit the net that its config describes: train again") from None
-    return config, method, process, net.to(device, memory_format=torch.channels_last).eval()
+    return config, method, process, net.to(device, memory_format=layout(torch.device(device), amp)).eval()
 
 
 def sampler_options(method, args):

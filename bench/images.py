@@ -1,10 +1,10 @@
 """Fréchet distance on small images at few network calls, ours against flow matching and EDM, as a Markdown table.
 
-    python bench/images.py                                  Fashion-MNIST at 16x16; some two hours on two cores
+    python bench/images.py                                  Fashion-MNIST; some two hours on two cores
     python bench/images.py --nfe 5 10 20 --n 2000           a part; another call goes on where this one stopped
-    python bench/images.py --data cifar10 --data-dir DIR    CIFAR-10, whole or in part, at 32x32
+    python bench/images.py --data cifar10 --data-dir DIR    CIFAR-10, whole or in part
 
-Every network is the same UNet with the same number of updates (the minutes are in its log): `denoiser`, which
+Images are made 16x16. Every network is the same UNet with the same number of updates (the minutes are in its log): `denoiser`, which
 AGM, HOLD of order 3 and EDM's samplers share, and `fm`, flow matching with torchcfm's loss. The Fréchet distance
 is between samples and training images in the features of a small classifier that this script trains on their labels;
 floor is that of as many held-out images. Ours run on their default grid, peers on the best of the grids in peers.PEERS
@@ -29,10 +29,9 @@ import data
 
 
 def small(images):
-    """uint8 (N, C, H, W); 28x28 becomes 16x16: padded to 32x32, then the mean of 2x2 pixels."""
-    if images.shape[-1] != 28:
-        return images
-    return avg_pool2d(pad(images.float(), (2, 2, 2, 2)), 2).round().to(torch.uint8)
+    """uint8 (N, C, H, W) of 28x28, padded to 32x32, or 32x32; the mean of 2x2 pixels is 16x16."""
+    edge = (32 - images.shape[-1]) // 2
+    return avg_pool2d(pad(images.float(), (edge,) * 4), 2).round().to(torch.uint8)
 
 
 def classifier(path, train, labels, test, test_labels, epochs=3):

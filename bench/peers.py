@@ -199,8 +199,7 @@ def checkpoint(out, kind, steps, options):
 @torch.no_grad()
 def draw(path, method, order, sampler, n, nfe, seed, grid, batch=5000, amp=False):
     """n samples on the CPU, `batch` at a time."""
-    config, _, process, net = restore(path, "cpu", method=method, order=order)
-    net = net.to(memory_format=train.layout(torch.device("cpu"), amp))
+    config, _, process, net = restore(path, "cpu", method=method, order=order, amp=amp)
     prior = FM().prior if method is None and process.n > 1 else process.prior  # EDM's samplers start from plain noise
     generator, out = torch.Generator().manual_seed(seed), []
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):

@@ -332,7 +332,7 @@ def drift(m, h):
     return mix(torch.tensor([[1.0, h], [0.0, 1.0]], dtype=torch.float64), m)
 
 
-def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
+def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None, eta=0.0, randn=torch.randn_like):
     """ODE, dz = E[x1|m] dkappa with z = L^-1 m, exponential Adams-Bashforth: the data prediction of the last `order`
     (1-4) calls is extrapolated in lambda and the rest integrated exactly.
 
@@ -340,17 +340,25 @@ def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
     flow has. lambda = log(1 + R sqrt(SNR)) with R = sigma_data sqrt(d), the length of a sample of d numbers: a whole
     image stands out from noise of that size, which drowns each of its pixels, and there the first steps belong. Calls
     are even in lambda^(1/rho). t_end: time of the last call (default: noise of std 1/(3 nfe)).
+
+    eta > 0 renews the noise on the way and keeps the marginals: with l = log |kappa|,
+    dz = E[x1|m] dkappa - eta^2 (z - kappa E[x1|m]) dl + sqrt(2) eta dW(l), at eta = 1 the reverse SDE of x1 + sigma
+    noise.
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
+    if not eta >= 0:
+        raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     R = process.sigma_data * math.sqrt(m0[0].numel() / process.n)
     ts = grid(process, nfe, rho, noise_time(process, 1 / (3 * max(nfe, 1))) if t_end is None else t_end, R)
     z, past = mix(torch.linalg.inv(process.cholesky(ts[0])), m0), []  # past: (lambda, x1) of the last calls
     for t, t_next in pairwise(ts):
         x1 = denoise(process, net, mix(process.cholesky(t), z), t, label)
         past = [*past, (float(process.clock(t, R)), x1)][-order:]
-        weights = kappa_steps(process, t, t_next, R, tuple(clock for clock, _ in past))
-        z = z + mix(weights, torch.cat([x1 for _, x1 in past], 1))
+        weights, keep = kappa_steps(process, t, t_next, R, tuple(clock for clock, _ in past), eta)
+        z = keep * z + mix(weights, torch.cat([x1 for _, x1 in past], 1))
+        if eta:
+            z = z + math.sqrt(1 - keep**2) * randn(z)
     return denoise(process, net, mix(process.cholesky(ts[-1]), z), ts[-1], label)
 
 
@@ -361,12 +369,14 @@ def noise_time(process, sigma):
 
 
 @lru_cache(1000)  # the same for every batch
-def kappa_steps(process, t, t_next, R, nodes, parts=256):
-    """(n, p): column i is int l_i(lambda) dkappa from t to t_next, l_i the Lagrange polynomial of node i."""
+def kappa_steps(process, t, t_next, R, nodes, eta, parts=256):
+    """(n, p) and the part of z that stays, w(t): column i is int l_i(lambda) d(w kappa) from t to t_next, l_i the
+    Lagrange polynomial of node i, w = (|kappa| / |kappa(t_next)|)^(eta^2)."""
     u = 1 - torch.linspace(math.log1p(-t), math.log1p(-t_next), parts + 1, dtype=torch.float64).exp()
     kappa, clock = process.kappa(u), process.clock(u, R)
     basis = torch.stack([lagrange(nodes, i, (clock[1:] + clock[:-1]) / 2) for i in range(len(nodes))])  # (p, parts)
-    return (basis @ kappa.diff(dim=0)).mT
+    w = (kappa / kappa[-1].norm()).norm(dim=-1, keepdim=True) ** eta**2
+    return (basis @ (w * kappa).diff(dim=0)).mT, float(w[0])
 
 
 def exponential(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):

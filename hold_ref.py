@@ -427,7 +427,7 @@ def kick(process, x, m, t, h):
     return m + mix(2 * process.xi * h * e_n, force(process, x, m, t))
 
 
-def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
+def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None, eta=0.0, randn=torch.randn_like):
     """ODE, dz = E[x|m] dkappa, exponential Adams-Bashforth: the data prediction of the last `order` (1-4) calls is
     extrapolated in lambda and the rest integrated exactly.
 
@@ -435,27 +435,36 @@ def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None):
     stands out from noise of that size, which drowns each of its pixels, and there the first steps belong. An
     eps-network, whose first prediction is too poor for a long step, keeps the clock it was trained in. Calls are even
     in lambda^(1/rho). t_end: time of the last call (default `last_time`).
+
+    eta > 0 renews the noise on the way and keeps the marginals: with l = log |kappa|,
+    dz = E[x|m] dkappa - eta^2 (z - kappa E[x|m]) dl + sqrt(2) eta dW(l), at eta = 1 the reverse SDE of x + sigma noise.
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
+    if not eta >= 0:
+        raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     R = process.sigma_data * math.sqrt(m0[0].numel() / process.n) if process.param == "denoiser" else process.R
     ts = grid(process, nfe, rho, last_time(process, nfe) if t_end is None else t_end, R)
     z, past = mix(torch.linalg.inv(process.cholesky(ts[0])), m0), []  # past: (lambda, x) of the last calls
     for t, t_next in pairwise(ts):
         x = denoise(process, net, mix(process.cholesky(t), z), t, label)
         past = [*past, (float(process.clock(t, R)), x)][-order:]
-        weights = kappa_steps(process, t, t_next, R, tuple(clock for clock, _ in past))
-        z = z + mix(weights, torch.cat([x for _, x in past], 1))
+        weights, keep = kappa_steps(process, t, t_next, R, tuple(clock for clock, _ in past), eta)
+        z = keep * z + mix(weights, torch.cat([x for _, x in past], 1))
+        if eta:
+            z = z + math.sqrt(1 - keep**2) * randn(z)
     return denoise(process, net, mix(process.cholesky(ts[-1]), z), ts[-1], label)
 
 
 @lru_cache(1000)  # the same for every batch
-def kappa_steps(process, t, t_next, R, nodes, parts=256):
-    """(n, p): column i is int l_i(lambda) dkappa from t to t_next, l_i the Lagrange polynomial of node i."""
+def kappa_steps(process, t, t_next, R, nodes, eta, parts=256):
+    """(n, p) and the part of z that stays, w(t): column i is int l_i(lambda) d(w kappa) from t to t_next, l_i the
+    Lagrange polynomial of node i, w = (|kappa| / |kappa(t_next)|)^(eta^2)."""
     u = torch.linspace(math.log(t), math.log(t_next), parts + 1, dtype=torch.float64).exp()
     kappa, clock = process.kappa(u), process.clock(u, R)
     basis = torch.stack([lagrange(nodes, i, (clock[1:] + clock[:-1]) / 2) for i in range(len(nodes))])  # (p, parts)
-    return (basis @ kappa.diff(dim=0)).mT
+    w = (kappa / kappa[-1].norm()).norm(dim=-1, keepdim=True) ** eta**2
+    return (basis @ (w * kappa).diff(dim=0)).mT, float(w[0])
 
 
 def gauss_legendre(a, b, nodes=16):

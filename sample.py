@@ -19,7 +19,7 @@ import torch
 import data
 from train import METHODS, build, layout, load_checkpoint, make_folder, newest_checkpoint, pick_device, refuse, run
 
-OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "order"}  # command line -> the sampler's keyword
+OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "order", "eta": "eta"}  # command line -> the sampler's keyword
 
 
 def parser():
@@ -29,10 +29,13 @@ def parser():
     p.add_argument("--ckpt", help="checkpoint; default: the newest under runs/")
     p.add_argument("--nfe", type=int, default=20, help="network calls a sample")
     p.add_argument("--n", type=int, help="how many samples; default: 64 images or 10,000 points")
-    p.add_argument("--sampler", help="AGM: exponential, splitting, em; HOLD: ode, strang, lie, em; default: the first")
+    p.add_argument(
+        "--sampler", help="AGM: exponential, ode, splitting, em; HOLD: ode, strang, lie, em; default: the first"
+    )
     p.add_argument("--rho", type=float, help="exponent of the sampler's time grid; default: the sampler's")
     p.add_argument("--t-end", type=float, help="time of the last call (splitting: end of the last step)")
     p.add_argument("--multistep", type=int, help="exponential, ode: how many calls are extrapolated, 1-4")
+    p.add_argument("--eta", type=float, help="ode: noise that is renewed on the way; 0: none, 1: as the reverse SDE")
     p.add_argument("--seed", type=int, default=0, help="sample i is the same for every --n and --batch")
     p.add_argument("--batch", type=int, default=256, help="samples at a time")
     p.add_argument("--raw", action="store_true", help="draw with the raw weights, not with their average (EMA)")

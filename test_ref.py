@@ -1233,6 +1233,60 @@ def test_ode_integrates_a_polynomial_of_lambda_exactly(process):
         assert gap(seen[-1][0], u) < 1e-5
 
 
+@pytest.mark.parametrize("process", [AGM(), HOLD(order=1), HOLD(), HOLD(order=4)], ids=repr)
+@pytest.mark.parametrize("eta", [0.6, 1.0])
+def test_eta_renews_the_noise(process, eta):
+    """With a denoiser that always answers x = 0.4, z - kappa x shrinks by keep = (sigma'/sigma)^(eta^2) a step and gets
+    fresh noise of variance 1 - keep^2. At eta = 1 and n = 1, that is the posterior of
+    y' = x + sigma' noise given x and y, of mean x + (sigma'/sigma)^2 (y - x)."""
+    P = dataclasses.replace(process, sigma_data=0.7, param="denoiser")
+    module, answer, seen, draws = agm_ref if isinstance(P, AGM) else hold_ref, 0.4, [], []
+
+    def net(u, time, label=None):
+        root, s = (1 / time - 1).double()[:, None], P.sigma_data
+        c = (1 + s**2 * root**2) ** -0.5
+        seen.append((u.double() / c, float(root[0, 0])))  # y / sigma, 1 / sigma
+        return (answer - s**2 * root * c * u) / (s * c)
+
+    def randn(z):
+        draws.append(randn64(len(draws), *z.shape))
+        return draws[-1]
+
+    m0 = randn64(9, 3, 2 * P.n)
+    module.ode(P, net, m0, 6, eta=eta, randn=randn)
+    assert len(seen) == 6 and len(draws) == 5
+    ts = [agm_ref.noise_time(P, 1 / root) if module is agm_ref else P.time_of(root**2) for _, root in seen]
+    z, kappa = hold_ref.mix(torch.linalg.inv(P.cholesky(ts[0])), m0), P.kappa(torch.tensor(ts, dtype=D))
+    for i, (a, b) in enumerate(pairwise(kappa)):
+        z_hat = z - answer * a.repeat_interleave(2)
+        keep = (seen[i][1] / seen[i + 1][1]) ** eta**2
+        z = answer * b.repeat_interleave(2) + keep * z_hat + math.sqrt(1 - keep**2) * draws[i]
+        assert gap(seen[i + 1][0], hold_ref.mix(b[None] / b.norm(), z)) < 1e-5
+        if P.n == 1 and eta == 1.0:
+            (u, root), root2 = seen[i], seen[i + 1][1]
+            mean = answer + (root / root2) ** 2 * (u / root - answer)
+            noise = (1 - (root / root2) ** 2) ** 0.5 / root2 * draws[i]
+            assert gap(seen[i + 1][0] / root2, mean + noise) < 1e-5 / root2
+
+
+@pytest.mark.parametrize("process", [AGM(), HOLD()], ids=repr)
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_eta_keeps_the_law(process, eta):
+    """40 calls on an exact mixture in one dimension: the weight, mean and spread of its modes, to four standard errors
+    of 20,000 samples and, for the spread, the error of the steps (1 %)."""
+    P = dataclasses.replace(process, param="denoiser")
+    module, n = agm_ref if isinstance(P, AGM) else hold_ref, 20_000
+    net = edm_net(0.5, torch.tensor([0.3, 0.7], dtype=D), torch.tensor([[0.8], [-0.6]], dtype=D), 0.1)
+    generator = torch.Generator().manual_seed(5)
+    m0 = P.prior((n, 1), generator).double()
+    x = module.ode(P, net, m0, 40, eta=eta, randn=lambda z: torch.randn(z.shape, generator=generator, dtype=D))[:, 0]
+    right, left = x[x > 0.1], x[x < 0.1]
+    assert abs(len(right) / n - 0.3) < 4 * math.sqrt(0.3 * 0.7 / n)
+    for part, mean in ((right, 0.8), (left, -0.6)):
+        assert abs(part.mean() - mean) < 4 * 0.1 / math.sqrt(len(part))
+        assert abs(part.std() - 0.1) < 4 * 0.1 / math.sqrt(2 * len(part)) + 0.001
+
+
 @pytest.mark.parametrize("process", [AGM(), HOLD()], ids=repr)
 def test_ode_grid_is_even_in_its_own_lambda(process):
     """lambda = log(1 + sigma_data sqrt(d SNR)), from the prior to noise of std 1/(3 nfe)."""
@@ -2456,6 +2510,7 @@ MISTAKES = {
         ["sample", "--ckpt", "{toy}/agm/ckpt.pt", "--sampler", "em", "--multistep", "2"],
         "em has no --multistep",
     ),
+    "negative eta": (["sample", "--ckpt", "{toy}/hold/ckpt.pt", "--eta", "-1"], "eta scales the noise"),
     "an order for AGM": (["sample", "--ckpt", "{toy}/denoiser/ckpt.pt", "--order", "2"], "give --method hold"),
     "t_end after the data": (["sample", "--ckpt", "{toy}/agm/ckpt.pt", "--t-end", "1.5"], "t_end"),
     "nll of AGM": (["sample", "--ckpt", "{toy}/agm/ckpt.pt", "--nll"], "--nll needs a HOLD checkpoint"),

@@ -4,8 +4,8 @@
     python bench/images.py --nfe 5 10 20 --n 2000           a part; another call goes on where this one stopped
     python bench/images.py --data cifar10 --data-dir DIR    CIFAR-10, whole or in part
 
-Images are made 16x16. Every network is the same UNet with the same number of updates (the minutes are in its log): `denoiser`, which
-AGM, HOLD of order 3 and EDM's samplers share, and `fm`, flow matching with torchcfm's loss. The Fréchet distance
+Images are made 16x16. Every network is the same UNet with the same number of updates (the minutes are in its log):
+`denoiser`, which AGM, HOLD and EDM's samplers share, and `fm`, flow matching with torchcfm's loss. The Fréchet distance
 is between samples and training images in the features of a small classifier that this script trains on their labels;
 floor is that of as many held-out images. Ours run on their default grid, peers on the best of the grids in peers.PEERS
 at every NFE up to 20, found with --search samples. Networks and numbers are kept in --out.
@@ -87,7 +87,7 @@ def main(argv=None):
         "--only",
         nargs="+",
         help="contenders whose name contains one of these",
-        default=["AGM denoiser, ode", "AGM denoiser, exp", "HOLD3 denoiser, ode", "FM", "EDM"],
+        default=["AGM denoiser, ode", "AGM denoiser, exp", "HOLD1 denoiser, ode", "HOLD3 denoiser, ode", "FM", "EDM"],
     )
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20, 50], help="network calls")
     p.add_argument("--n", type=int, default=5000, help="samples")
@@ -112,9 +112,13 @@ def main(argv=None):
     reference = features(train / 127.5 - 1)
 
     def distance(x):
-        return [frechet(features(x.clamp(-1, 1)), reference)]
+        """Fréchet distance and its standard error, from the scatter of that of five parts."""
+        f = features(x.clamp(-1, 1))
+        parts = torch.tensor([frechet(part, reference) for part in f.chunk(5)])
+        return [frechet(f, reference), float(parts.std()) / 5**0.5]
 
-    print(f"floor: {distance(test[: args.n] / 127.5 - 1)[0]:.4f} ({len(test[: args.n])} held-out images)", flush=True)
+    floor, error = distance(test[: args.n] / 127.5 - 1)
+    print(f"floor: {floor:.4f} ± {error:.4f} ({len(test[: args.n])} held-out images)", flush=True)
     results, rows = peers.Results(folder / f"{args.data}.json"), {}
     found = {}
     options = ["--data", str(file), "--width", str(args.width), "--mult", "1", "2", "--blocks", "1", "--batch", "128"]
@@ -127,7 +131,9 @@ def main(argv=None):
         for contender in peers.contenders(kind, args.only):
             found[contender[0]] = contender, path
             rows[contender[0]] = sampling(contender, [path], args.nfe, args.n, distance, results)
-    peers.table(rows, args.nfe, 0)
+    for i, quantity in enumerate(("Fréchet distance", "its standard error")):
+        print(f"\n{args.data}, {quantity}\n")
+        peers.table(rows, args.nfe, i)
     peers.grids_used(rows)
     if args.picture:
         picture(args.picture, found, rows, args.nfe)

@@ -176,6 +176,8 @@ def contenders(kind, only):
         title = f"{method.upper()}{order or ''} {'denoiser' if kind == 'denoiser' else 'paper'}"
         for name, sampler in train.METHODS[method][0].SAMPLERS.items():
             found.append((f"{title}, {name}", method, order, sampler, [{}]))
+        stochastic = partial(train.METHODS[method][0].ode, eta=1.0)
+        found.append((f"{title}, eta 1", method, order, stochastic, [{}]))
     found += [(name, None, None, sampler, grids) for name, (net, sampler, grids) in PEERS.items() if net == kind]
     return [c for c in found if any(part in c[0] for part in only)]
 
@@ -202,6 +204,7 @@ def draw(path, method, order, sampler, n, nfe, seed, grid, batch=5000, amp=False
     config, _, process, net = restore(path, "cpu", method=method, order=order, amp=amp)
     prior = FM().prior if method is None and process.n > 1 else process.prior  # EDM's samplers start from plain noise
     generator, out = torch.Generator().manual_seed(seed), []
+    torch.manual_seed(seed + 10**6)  # the noise of stochastic steps, which must not repeat that of m0
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         for i in range(0, n, batch):
             m0 = prior((min(batch, n - i), *config["shape"]), generator)

@@ -384,8 +384,9 @@ def lie(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.rand
         h = ts[i] - ts[i + 1]
         m = linear_flow(process, m, h, randn)
         x = denoise(process, net, m, ts[i + 1], label)
+        if i == nfe - 1:
+            return x
         m = kick(process, x, m, ts[i + 1], h)
-    return x
 
 
 def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
@@ -402,8 +403,9 @@ def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.r
         m = linear_flow(process, m, h / 2, randn)
         half_way = m if x is None else kick(process, x, m, middle, h / 2)
         x = denoise(process, net, half_way, middle, label)
+        if i == nfe - 1:
+            return x
         m = linear_flow(process, kick(process, x, m, middle, h), h / 2, randn)
-    return x
 
 
 def linear_flow(process, m, h, randn):

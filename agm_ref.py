@@ -274,8 +274,10 @@ def grid(process, n, rho, t_end, R=None):
     lambda^(1/rho), lambda = clock(t, R)."""
     if n < 1:
         raise ValueError(f"nfe counts network calls and must be at least 1, got {n}")
-    if not (rho > 0 and process.t0 < t_end <= process.t1):
-        raise ValueError(f"want rho > 0 and {process.t0} < t_end <= {process.t1}, got rho={rho}, t_end={t_end}")
+    if not (0.01 <= rho <= 100 and process.t0 < t_end <= process.t1):
+        raise ValueError(
+            f"want 0.01 <= rho <= 100 and {process.t0} < t_end <= {process.t1}, got rho={rho}, t_end={t_end}"
+        )
     a, b = (float(t if R is None else process.clock(t, R)) ** (1 / rho) for t in (process.t0, t_end))
     u = torch.linspace(a, b, n, dtype=torch.float64) ** rho
     return tuple((u if R is None else process.time(u, R)).tolist())
@@ -342,8 +344,8 @@ def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None, eta=0.0
     are even in lambda^(1/rho). t_end: time of the last call (default: noise of std 1/(3 nfe)).
 
     eta > 0 renews the noise on the way and keeps the marginals: with l = log |kappa|,
-    dz = E[x1|m] dkappa - eta^2 (z - kappa E[x1|m]) dl + sqrt(2) eta dW(l), at eta = 1 the reverse SDE of x1 + sigma
-    noise.
+    dz = E[x1|m] dkappa - eta^2 (z - kappa E[x1|m]) dl + sqrt(2) eta dW(l). eta = 1 renews as much of it as the reverse
+    SDE of y does.
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
@@ -370,12 +372,13 @@ def noise_time(process, sigma):
 
 @lru_cache(1000)  # the same for every batch
 def kappa_steps(process, t, t_next, R, nodes, eta, parts=256):
-    """(n, p) and the part of z that stays, w(t): column i is int l_i(lambda) d(w kappa) from t to t_next, l_i the
-    Lagrange polynomial of node i, w = (|kappa| / |kappa(t_next)|)^(eta^2)."""
+    """(n, p) and keep: column i is int l_i(lambda) d(w kappa) from t to t_next, l_i the Lagrange polynomial of node i,
+    w = (|kappa| / |kappa(t_next)|)^(eta^2), keep = w(t); for d(w z) = E[x1|m] d(w kappa) + noise."""
     u = 1 - torch.linspace(math.log1p(-t), math.log1p(-t_next), parts + 1, dtype=torch.float64).exp()
     kappa, clock = process.kappa(u), process.clock(u, R)
     basis = torch.stack([lagrange(nodes, i, (clock[1:] + clock[:-1]) / 2) for i in range(len(nodes))])  # (p, parts)
-    w = (kappa / kappa[-1].norm()).norm(dim=-1, keepdim=True) ** eta**2
+    norm = kappa.norm(dim=-1, keepdim=True)
+    w = ((norm / norm[-1]) ** eta) ** eta
     return (basis @ (w * kappa).diff(dim=0)).mT, float(w[0])
 
 

@@ -350,8 +350,10 @@ def grid(process, n, rho, t_end, R=HOLD.R):
     noise."""
     if n < 1:
         raise ValueError(f"nfe counts network calls and must be at least 1, got {n}")
-    if not (rho > 0 and process.t_min <= t_end < process.T):
-        raise ValueError(f"want rho > 0 and {process.t_min} <= t_end < {process.T}, got rho={rho}, t_end={t_end}")
+    if not (0.01 <= rho <= 100 and process.t_min <= t_end < process.T):
+        raise ValueError(
+            f"want 0.01 <= rho <= 100 and {process.t_min} <= t_end < {process.T}, got rho={rho}, t_end={t_end}"
+        )
     a, b = (float(process.clock(t, R)) ** (1 / rho) for t in (process.T, t_end))
     root_snr = torch.expm1(torch.linspace(a, b, n, dtype=torch.float64) ** rho) / R
     return tuple(process.time(torch.log1p(process.R * root_snr))[0].tolist())
@@ -439,7 +441,8 @@ def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None, eta=0.0
     in lambda^(1/rho). t_end: time of the last call (default `last_time`).
 
     eta > 0 renews the noise on the way and keeps the marginals: with l = log |kappa|,
-    dz = E[x|m] dkappa - eta^2 (z - kappa E[x|m]) dl + sqrt(2) eta dW(l), at eta = 1 the reverse SDE of x + sigma noise.
+    dz = E[x|m] dkappa - eta^2 (z - kappa E[x|m]) dl + sqrt(2) eta dW(l). eta = 1 renews as much of it as the reverse
+    SDE of y does (n = 1: that very SDE).
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
@@ -460,12 +463,13 @@ def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None, eta=0.0
 
 @lru_cache(1000)  # the same for every batch
 def kappa_steps(process, t, t_next, R, nodes, eta, parts=256):
-    """(n, p) and the part of z that stays, w(t): column i is int l_i(lambda) d(w kappa) from t to t_next, l_i the
-    Lagrange polynomial of node i, w = (|kappa| / |kappa(t_next)|)^(eta^2)."""
+    """(n, p) and keep: column i is int l_i(lambda) d(w kappa) from t to t_next, l_i the Lagrange polynomial of node i,
+    w = (|kappa| / |kappa(t_next)|)^(eta^2), keep = w(t); for d(w z) = E[x|m] d(w kappa) + noise."""
     u = torch.linspace(math.log(t), math.log(t_next), parts + 1, dtype=torch.float64).exp()
     kappa, clock = process.kappa(u), process.clock(u, R)
     basis = torch.stack([lagrange(nodes, i, (clock[1:] + clock[:-1]) / 2) for i in range(len(nodes))])  # (p, parts)
-    w = (kappa / kappa[-1].norm()).norm(dim=-1, keepdim=True) ** eta**2
+    norm = kappa.norm(dim=-1, keepdim=True)
+    w = ((norm / norm[-1]) ** eta) ** eta
     return (basis @ (w * kappa).diff(dim=0)).mT, float(w[0])
 
 

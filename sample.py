@@ -2,6 +2,7 @@
 
 python sample.py                                   the newest run under runs/, 64 samples, 20 network calls
 python sample.py --ckpt runs/agm-digits/ckpt.pt --sampler splitting --nfe 50 --n 1000 --out samples
+python sample.py --sampler ode --eta 0.5 --nfe 20  the noise renewed on the way
 python sample.py --method hold --order 3           the newest run, if it is a denoiser, with another process
 python sample.py --ckpt runs/hold-digits/ckpt.pt --nll        HOLD: likelihood bound on the held-out data
 """
@@ -33,9 +34,11 @@ def parser():
         "--sampler", help="AGM: exponential, ode, splitting, em; HOLD: ode, strang, lie, em; default: the first"
     )
     p.add_argument("--rho", type=float, help="exponent of the sampler's time grid; default: the sampler's")
-    p.add_argument("--t-end", type=float, help="time of the last call (splitting: end of the last step)")
+    p.add_argument("--t-end", type=float, help="time of the last call (splitting, lie, strang: end of the last step)")
     p.add_argument("--multistep", type=int, help="exponential, ode: how many calls are extrapolated, 1-4")
-    p.add_argument("--eta", type=float, help="ode: noise that is renewed on the way; 0: none, 1: as the reverse SDE")
+    p.add_argument(
+        "--eta", type=float, help="ode: noise that is renewed on the way; 0: none, 1: as much as the reverse SDE"
+    )
     p.add_argument("--seed", type=int, default=0, help="sample i is the same for every --n and --batch")
     p.add_argument("--batch", type=int, default=256, help="samples at a time")
     p.add_argument("--raw", action="store_true", help="draw with the raw weights, not with their average (EMA)")
@@ -99,7 +102,9 @@ def sampler_options(method, args):
     for flag, keyword in OPTIONS.items():
         if getattr(args, flag) is not None:
             if keyword not in takes:
-                raise data.DataError(f"sampler {name} has no --{flag.replace('_', '-')}: leave it out")
+                able = [k for k, f in method.SAMPLERS.items() if keyword in inspect.signature(f).parameters]
+                fix = f"leave it out, or choose --sampler {' or '.join(able)}" if able else "leave it out"
+                raise data.DataError(f"sampler {name} has no --{flag.replace('_', '-')}: {fix}")
             options[keyword] = getattr(args, flag)
     return name, sampler, options
 
@@ -162,6 +167,8 @@ def print_nll(args, config, method, process, net, device):
         raise data.DataError(
             "--nll needs a HOLD checkpoint, or a denoiser with --method hold: AGM has no likelihood here"
         )
+    if args.sampler or any(getattr(args, flag) is not None for flag in OPTIONS):
+        raise data.DataError("--nll follows a flow of its own: leave out --sampler, --rho, --t-end, --multistep, --eta")
     if not args.tol > 0:
         raise data.DataError(f"--tol must be positive, got {args.tol}")
     dataset = data.load(args.data or config["data"], args.data_dir or config["data_dir"])

@@ -2508,8 +2508,12 @@ MISTAKES = {
     "the other method's sampler": (["sample", "--ckpt", "{toy}/agm/ckpt.pt", "--sampler", "lie"], "exponential"),
     "another sampler's option": (
         ["sample", "--ckpt", "{toy}/agm/ckpt.pt", "--sampler", "em", "--multistep", "2"],
-        "em has no --multistep",
+        "em has no --multistep: leave it out, or choose --sampler exponential or ode",
     ),
+    "eta for AGM's default": (["sample", "--ckpt", "{toy}/agm/ckpt.pt", "--eta", "1"], "choose --sampler ode"),
+    "endless rho": (["sample", "--ckpt", "{toy}/agm/ckpt.pt", "--rho", "inf"], "want 0.01 <= rho <= 100"),
+    "tiny rho": (["sample", "--ckpt", "{toy}/hold/ckpt.pt", "--rho", "1e-3"], "want 0.01 <= rho"),
+    "nll with a sampler": (["sample", "--ckpt", "{toy}/hold/ckpt.pt", "--nll", "--eta", "1"], "leave out --sampler"),
     "negative eta": (["sample", "--ckpt", "{toy}/hold/ckpt.pt", "--eta", "-1"], "eta scales the noise"),
     "an order for AGM": (["sample", "--ckpt", "{toy}/denoiser/ckpt.pt", "--order", "2"], "give --method hold"),
     "t_end after the data": (["sample", "--ckpt", "{toy}/agm/ckpt.pt", "--t-end", "1.5"], "t_end"),

@@ -18,7 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-from sample import draw, restore
+from sample import draw, restore, sampler_options
+from train import run
 
 
 def frechet(a, b):
@@ -45,7 +46,7 @@ def main(argv=None):
     p.add_argument("--sampler", nargs="+", help="samplers; default: all of the method's")
     p.add_argument("--method", help="process to sample a denoiser with; default: the checkpoint's")
     p.add_argument("--order", type=int, help="HOLD: its order")
-    p.add_argument("--eta", type=float, help="noise that `ode` renews, with --sampler ode; default 0")
+    p.add_argument("--eta", type=float, help="noise renewed on the way, with --sampler ode; default 0")
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20], help="network calls")
     p.add_argument("--n", type=int, default=1797, help="samples")
     args = p.parse_args(argv)
@@ -61,18 +62,25 @@ def main(argv=None):
     print("| run | sampler | NFE | all | train | held-out | nearest | seconds |\n|---|---|---|---|---|---|---|---|")
     print(f"| data: {k} against the others | | | {floor.mean():.3f} ± {floor.std():.3f} | | | | |")
     print(f"| data: train against held-out | | | | | {frechet(train, test):.3f} | {nearest(test, train):.3f} | |")
-    options = {} if args.eta is None else {"eta": args.eta}
     for path in args.ckpt:
         _, method, process, net = restore(path, "cpu", method=args.method, order=args.order)
         for name in args.sampler or method.SAMPLERS:
+            chosen = argparse.Namespace(sampler=name, eta=args.eta, rho=None, t_end=None, multistep=None)
+            _, sampler, options = sampler_options(method, chosen)
             for nfe in args.nfe:
                 start = time.time()
-                x = draw(method.SAMPLERS[name], process, net, digits.shape, args.n, nfe, **options)
+                x = draw(sampler, process, net, digits.shape, args.n, nfe, **options)
                 x = x.clamp(-1, 1).flatten(1)
                 row = [frechet(x, everything), frechet(x, train), frechet(x, test), nearest(x, train)]
-                row = [Path(path).parent.name, name, nfe, *(f"{v:.3f}" for v in row), f"{time.time() - start:.0f}"]
+                row = [
+                    Path(path).parent.name,
+                    name if args.eta is None else f"{name}, eta {args.eta:g}",
+                    nfe,
+                    *(f"{v:.3f}" for v in row),
+                    f"{time.time() - start:.0f}",
+                ]
                 print("|", *(f"{cell} |" for cell in row), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

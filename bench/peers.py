@@ -156,6 +156,7 @@ def ddim(process, net, m0, nfe, rho=1.0, t_end=0.01):
 NETS = ["denoiser", "agm", "hold1", "hold2", "hold3", "hold4", "fm"]
 FM_GRIDS = [{"rho": rho} for rho in (1.0, 1.5, 2.0)]
 EDM_GRIDS = [{"sigma_max": a, "sigma_min": b} for a in (80.0, 10.0) for b in (0.002, 0.02, 0.1)]
+ODE_GRIDS = [{"rho": rho, "order": order} for rho in (1.0, 1.4) for order in (2, 3)]
 DDIM_GRIDS = [{"rho": rho, "t_end": end} for rho in (1.0, 2.0) for end in (0.001, 0.01)]
 PEERS = {  # name: (net, sampler, grids)
     "FM, Euler": ("fm", fm_euler, FM_GRIDS),
@@ -169,15 +170,17 @@ PEERS = {  # name: (net, sampler, grids)
 
 def contenders(kind, only):
     """(name, method, order, sampler, grids) of all that samples with a net of this kind and has a part of `only` in its
-    name. The grids of ours are [{}], the default."""
+    name. The grids of ours are [{}], the default, but those of `best ode`."""
     processes = {"denoiser": [("agm", None), *(("hold", n) for n in (1, 2, 3, 4))], "agm": [("agm", None)], "fm": []}
     found = []
     for method, order in processes.get(kind) or ([("hold", int(kind[-1]))] if kind.startswith("hold") else []):
         title = f"{method.upper()}{order or ''} {'denoiser' if kind == 'denoiser' else 'paper'}"
         for name, sampler in train.METHODS[method][0].SAMPLERS.items():
             found.append((f"{title}, {name}", method, order, sampler, [{}]))
-        stochastic = partial(train.METHODS[method][0].ode, eta=1.0)
-        found.append((f"{title}, eta 1", method, order, stochastic, [{}]))
+        if kind == "denoiser":
+            ode = train.METHODS[method][0].ode
+            found.append((f"{title}, eta 1", method, order, partial(ode, eta=1.0), [{}]))
+            found.append((f"{title}, best ode", method, order, ode, ODE_GRIDS))
     found += [(name, None, None, sampler, grids) for name, (net, sampler, grids) in PEERS.items() if net == kind]
     return [c for c in found if any(part in c[0] for part in only)]
 

@@ -87,7 +87,15 @@ def main(argv=None):
         "--only",
         nargs="+",
         help="contenders whose name contains one of these",
-        default=["AGM denoiser, ode", "AGM denoiser, exp", "HOLD1 denoiser, ode", "HOLD3 denoiser, ode", "FM", "EDM"],
+        default=[
+            "AGM denoiser, ode",
+            "AGM denoiser, exp",
+            "HOLD1 denoiser, ode",
+            "HOLD1 denoiser, best",
+            "HOLD3 denoiser, ode",
+            "FM",
+            "EDM",
+        ],
     )
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20, 50], help="network calls")
     p.add_argument("--n", type=int, default=5000, help="samples")
@@ -113,15 +121,21 @@ def main(argv=None):
     )
     reference = features(train / 127.5 - 1)
 
-    def distance(x):
-        """Fréchet distance and, of the draw of the samples, its standard error (jackknife, a fifth left out)."""
-        f = features(x.clamp(-1, 1))
-        fifth = torch.arange(len(f)) % 5
-        rest = torch.tensor([frechet(f[fifth != i], reference) for i in range(5)])
-        return [frechet(f, reference), 2 * float(rest.std(correction=0))]
+    average = (train / 127.5 - 1).mean(0)
 
-    floor, error = distance(test[: args.n] / 127.5 - 1)
-    print(f"floor: {floor:.4f} ± {error:.4f} ({len(test[: args.n])} held-out images)", flush=True)
+    def distance(x, contrast=1.0):
+        return frechet(features((average + contrast * (x.clamp(-1, 1) - average)).clamp(-1, 1)), reference)
+
+    def measure(x):
+        """Fréchet distance; its standard error from the draw of the samples (jackknife, a fifth left out); the standard
+        deviation of the pixels; the distance once the contrast is lowered and raised by 2 %."""
+        fifth = torch.arange(len(x)) % 5
+        rest = torch.tensor([distance(x[fifth != i]) for i in range(5)])
+        error, std = 2 * float(rest.std(correction=0)), float(x.clamp(-1, 1).std())
+        return [distance(x), error, std, distance(x, 0.98), distance(x, 1.02)]
+
+    floor, error, std, *_ = measure(test[: args.n] / 127.5 - 1)
+    print(f"floor: {floor:.4f} ± {error:.4f}, pixels {std:.4f} ({len(test[: args.n])} held-out images)", flush=True)
     results, rows = peers.Results(folder / f"{args.data}.json"), {}
     found = {}
     options = ["--data", str(file), "--width", str(args.width), "--mult", "1", "2", "--blocks", "1", "--batch", "128"]
@@ -133,8 +147,8 @@ def main(argv=None):
         )
         for contender in peers.contenders(kind, args.only):
             found[contender[0]] = contender, path
-            rows[contender[0]] = sampling(contender, [path], args.nfe, args.n, distance, results)
-    for i, quantity in enumerate(("Fréchet distance", "its standard error")):
+            rows[contender[0]] = sampling(contender, [path], args.nfe, args.n, measure, results)
+    for i, quantity in enumerate(("Fréchet distance", "its error", "std of the pixels", "at contrast 0.98", "at 1.02")):
         print(f"\n{args.data}, {quantity}\n")
         peers.table(rows, args.nfe, i)
     peers.grids_used(rows)

@@ -156,7 +156,7 @@ def ddim(process, net, m0, nfe, rho=1.0, t_end=0.01):
 NETS = ["denoiser", "agm", "hold1", "hold2", "hold3", "hold4", "fm"]
 FM_GRIDS = [{"rho": rho} for rho in (1.0, 1.5, 2.0)]
 EDM_GRIDS = [{"sigma_max": a, "sigma_min": b} for a in (80.0, 10.0) for b in (0.002, 0.02, 0.1)]
-ODE_GRIDS = [{"rho": rho, "order": order} for rho in (1.0, 1.4) for order in (2, 3)]
+ODE_GRIDS = [{"rho": rho, "order": order} for rho in (1.0, 1.4, 2.0) for order in (2, 3)]
 DDIM_GRIDS = [{"rho": rho, "t_end": end} for rho in (1.0, 2.0) for end in (0.001, 0.01)]
 PEERS = {  # name: (net, sampler, grids)
     "FM, Euler": ("fm", fm_euler, FM_GRIDS),

@@ -170,7 +170,7 @@ PEERS = {  # name: (net, sampler, grids)
 
 def contenders(kind, only):
     """(name, method, order, sampler, grids) of all that samples with a net of this kind and has a part of `only` in its
-    name. The grids of ours are [{}], the default, but those of `best ode`."""
+    name. The grids of ours are [{}], the default, but those of `best grid`."""
     processes = {"denoiser": [("agm", None), *(("hold", n) for n in (1, 2, 3, 4))], "agm": [("agm", None)], "fm": []}
     found = []
     for method, order in processes.get(kind) or ([("hold", int(kind[-1]))] if kind.startswith("hold") else []):
@@ -180,7 +180,7 @@ def contenders(kind, only):
         if kind == "denoiser":
             ode = train.METHODS[method][0].ode
             found.append((f"{title}, eta 1", method, order, partial(ode, eta=1.0), [{}]))
-            found.append((f"{title}, best ode", method, order, ode, ODE_GRIDS))
+            found.append((f"{title}, best grid", method, order, ode, ODE_GRIDS))
     found += [(name, None, None, sampler, grids) for name, (net, sampler, grids) in PEERS.items() if net == kind]
     return [c for c in found if any(part in c[0] for part in only)]
 

@@ -7,8 +7,9 @@
 Images are made 16x16. Every network is the same UNet with the same number of updates (the minutes are in its log):
 `denoiser`, which AGM, HOLD and EDM's samplers share, and `fm`, flow matching with torchcfm's loss. The Fréchet distance
 is between samples and training images in the features of a small classifier that this script trains on their labels;
-floor is that of as many held-out images. Ours run on their default grid, peers on the best of the grids in peers.PEERS
-at every NFE up to 20, found with --search samples. Networks and numbers are kept in --out.
+floor is that of as many held-out images. Ours run on their default grid, but for `best grid`, which like the peers gets
+the best of the grids in peers.py at every NFE up to 20, found with --search samples. Networks and numbers are kept in
+--out.
 """
 
 import argparse

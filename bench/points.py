@@ -13,8 +13,9 @@ coverage   mean distance from a data point to the nearest sample: what is missin
 W2         sliced 2-Wasserstein distance, 100 directions; hardly sees blur, its floor is high
 floor      the same of fresh data in place of samples, mean and standard deviation over ten draws
 
-Ours run on their default grid. Peers get the best of the grids in PEERS at every NFE up to 20 (at 50 and 100: the one
-that won at 20), best in sharpness + coverage with seed 0. Networks and numbers are kept in runs/points.
+Ours run on their default grid, but for `best grid`, which like the peers gets the best of the grids in peers.py at
+every NFE up to 20 (at 50 and 100: the one that won at 20), best in sharpness + coverage with seed 0. Networks and
+numbers are kept in runs/points.
 """
 
 import argparse

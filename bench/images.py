@@ -72,7 +72,7 @@ def picture(path, found, rows, nfes):
     data.write_png(path, np.concatenate(strips, 0).repeat(2, 0).repeat(2, 1))
 
 
-TOY = "--steps 2 --n 20 --search 10 --nfe 2 --only AGM --epochs 1 --nets denoiser --width 8".split()
+TOY = "--steps 2 --n 20 --search 10 --nfe 2 --only exponential --epochs 1 --nets denoiser --width 8".split()
 
 
 def main(argv=None):

@@ -57,7 +57,7 @@ def picture(path, folder, name):
     data.write_png(path, np.concatenate(rows, 0))
 
 
-TOY = "--nets denoiser --data gmm --seeds 1 --steps 2 --n 20 --nfe 2 --only AGM".split()
+TOY = "--nets denoiser --data gmm --seeds 1 --steps 2 --n 20 --nfe 2 --only exponential".split()
 
 
 def main(argv=None):

@@ -1111,7 +1111,7 @@ def hold_law(P, name, nfe, mu=0.5, s=0.6, **options):
     """Exact mean and variance of a sampler's output on N(mu, s^2) data, from the exact marginal at T, and the time of
     its last call. Every step is affine, so a batch of unit noises gives the map's columns one by one."""
     n, net = P.n, ExactNet(P, torch.tensor([[mu]], dtype=D), s)
-    calls = {"em": nfe - 1, "lie": n * nfe, "strang": n * (2 * nfe - 1), "ode": 0}[name]
+    calls = {"em": nfe - 1, "lie": n * nfe, "strang": n * (2 * nfe - 1)}[name]
     root = torch.linalg.cholesky(P.cov(P.T) + s**2 * torch.outer(P.mean(P.T), P.mean(P.T)))
     m0 = P.mean(P.T) * mu + torch.cat([torch.zeros(1, n, dtype=D), root.T, torch.zeros(calls, n, dtype=D)])
     row = [1 + n]
@@ -1122,9 +1122,7 @@ def hold_law(P, name, nfe, mu=0.5, s=0.6, **options):
         row[0] += v.shape[1]
         return unit
 
-    if name != "ode":
-        options["randn"] = randn
-    x = hold_ref.SAMPLERS[name](P, net, m0, nfe, **options)[:, 0]
+    x = hold_ref.SAMPLERS[name](P, net, m0, nfe, randn=randn, **options)[:, 0]
     assert row[0] == len(m0)
     assert len(net.times) == nfe
     return float(x[0]), float((x[1:] - x[0]).square().sum()), net.times[-1]

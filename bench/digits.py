@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-from sample import draw, restore, sampler_options
+from sample import OPTIONS, draw, restore, sampler_options
 from train import run
 
 
@@ -65,7 +65,7 @@ def main(argv=None):
     for path in args.ckpt:
         _, method, process, net = restore(path, "cpu", method=args.method, order=args.order)
         for name in args.sampler or method.SAMPLERS:
-            chosen = argparse.Namespace(sampler=name, eta=args.eta, rho=None, t_end=None, multistep=None)
+            chosen = argparse.Namespace(**{**dict.fromkeys(OPTIONS), "sampler": name, "eta": args.eta})
             _, sampler, options = sampler_options(method, chosen)
             for nfe in args.nfe:
                 start = time.time()

@@ -5,11 +5,11 @@
     python bench/images.py --data cifar10 --data-dir DIR    CIFAR-10, whole or in part
 
 Images are made 16x16. Every network is the same UNet with the same number of updates (the minutes are in its log):
-`denoiser`, which AGM, HOLD and EDM's samplers share, and `fm`, flow matching with torchcfm's loss. The Fréchet distance
-is between samples and training images in the features of a small classifier that this script trains on their labels;
-floor is that of as many held-out images. Ours run on their default grid, but for `best grid`, which like the peers gets
-the best of the grids in peers.py at every NFE up to 20, found with --search samples. Networks and numbers are kept in
---out.
+`denoiser`, which AGM, HOLD and EDM's samplers share, and `fm`, flow matching with torchcfm's loss. The Fréchet
+distance is between samples and training images in the features of a small classifier that this script trains on their
+labels; floor is that of as many held-out images. Ours run on their default grid, but for `best grid`, which like the
+peers gets the best of the grids in peers.py at every NFE up to 20, found with --search samples. Networks and numbers
+are kept in --out.
 """
 
 import argparse
@@ -124,16 +124,16 @@ def main(argv=None):
 
     average = (train / 127.5 - 1).mean(0)
 
-    def distance(x, contrast=1.0):
-        return frechet(features((average + contrast * (x.clamp(-1, 1) - average)).clamp(-1, 1)), reference)
+    def seen(x, contrast=1.0):
+        return features((average + contrast * (x.clamp(-1, 1) - average)).clamp(-1, 1))
 
     def measure(x):
-        """Fréchet distance; its standard error from the draw of the samples (jackknife, a fifth left out); the standard
-        deviation of the pixels; the distance once the contrast is lowered and raised by 2 %."""
-        fifth = torch.arange(len(x)) % 5
-        rest = torch.tensor([distance(x[fifth != i]) for i in range(5)])
-        error, std = 2 * float(rest.std(correction=0)), float(x.clamp(-1, 1).std())
-        return [distance(x), error, std, distance(x, 0.98), distance(x, 1.02)]
+        """Fréchet distance; its standard error from the draw of the samples (jackknife, a fifth left out); the
+        standard deviation of the pixels; the distance once the contrast is lowered and raised by 2 %."""
+        f, fifth = seen(x), torch.arange(len(x)) % 5
+        rest = torch.tensor([frechet(f[fifth != i], reference) for i in range(5)])
+        other = [frechet(seen(x, contrast), reference) for contrast in (0.98, 1.02)]
+        return [frechet(f, reference), 2 * float(rest.std(correction=0)), float(x.clamp(-1, 1).std()), *other]
 
     floor, error, std, *_ = measure(test[: args.n] / 127.5 - 1)
     print(f"floor: {floor:.4f} ± {error:.4f}, pixels {std:.4f} ({len(test[: args.n])} held-out images)", flush=True)
@@ -149,7 +149,8 @@ def main(argv=None):
         for contender in peers.contenders(kind, args.only):
             found[contender[0]] = contender, path
             rows[contender[0]] = sampling(contender, [path], args.nfe, args.n, measure, results)
-    for i, quantity in enumerate(("Fréchet distance", "its error", "std of the pixels", "at contrast 0.98", "at 1.02")):
+    quantities = ("Fréchet distance", "its error", "std of the pixels", "at contrast 0.98", "at 1.02")
+    for i, quantity in enumerate(quantities):
         print(f"\n{args.data}, {quantity}\n")
         peers.table(rows, args.nfe, i)
     peers.grids_used(rows)

@@ -175,12 +175,12 @@ def contenders(kind, only):
     found = []
     for method, order in processes.get(kind) or ([("hold", int(kind[-1]))] if kind.startswith("hold") else []):
         title = f"{method.upper()}{order or ''} {'denoiser' if kind == 'denoiser' else 'paper'}"
-        for name, sampler in train.METHODS[method][0].SAMPLERS.items():
+        samplers = train.METHODS[method][0].SAMPLERS
+        for name, sampler in samplers.items():
             found.append((f"{title}, {name}", method, order, sampler, [{}]))
         if kind == "denoiser":
-            ode = train.METHODS[method][0].ode
-            found.append((f"{title}, eta 1", method, order, partial(ode, eta=1.0), [{}]))
-            found.append((f"{title}, best grid", method, order, ode, ODE_GRIDS))
+            found.append((f"{title}, eta 1", method, order, partial(samplers["ode"], eta=1.0), [{}]))
+            found.append((f"{title}, best grid", method, order, samplers["ode"], ODE_GRIDS))
     found += [(name, None, None, sampler, grids) for name, (net, sampler, grids) in PEERS.items() if net == kind]
     return [c for c in found if any(part in c[0] for part in only)]
 

@@ -30,9 +30,9 @@ so instead of F the network may learn to denoise y (param = "denoiser"); that ne
     mu_t     mean(t)           (..., 2)     mean of (x, v) per unit of x1
     Sigma_t  cov(t)            (..., 2, 2)  covariance of (x, v) given x1
     L_t      cholesky(t)       (..., 2, 2)  lower factor of Sigma_t
+    kappa    kappa(t)          (..., 2)     L^-1 mean; |kappa|^2 is the SNR
     r        gain(t)           (..., 2)     noise part of the target F
     s        scale(t)          (...)        |r|, so that F / s has unit variance at x1 = 0
-    kappa    kappa(t)          (..., 2)     L^-1 mean; |kappa|^2 is the SNR
     lambda   clock(t, R)       (...)        log(1 + R sqrt(SNR)): the times of `ode` are even in it
     y        project(t)        w (..., 2) and SNR (...) with y / sigma = w . m
     F_theta  s * net(m, t)     "paper": what the network learns, net(m, t, label) -> (B, C, ...), t of shape (B,)
@@ -113,6 +113,10 @@ class AGM:
         det = C[..., 0, 0] * C[..., 1, 1] - C[..., 0, 1] ** 2
         return matrix([[Lxx, torch.zeros_like(Lxx)], [S[..., 0, 1] / Lxx, 3 * tau**4 * det.sqrt() / Lxx]])
 
+    def kappa(self, t):
+        """(..., 2): L^-1 mean."""
+        return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
+
     def gain(self, t):
         """(..., 2): r, the noise part of the target F = 4 tau^2 x1 + r . eps.
 
@@ -138,14 +142,10 @@ class AGM:
 
     def project(self, t):
         """w (..., 2) and SNR (...), t > 0: y / sigma = w . m, where y = x1 + sigma noise is all that m tells of x1."""
-        L = self.cholesky(t)
-        kappa = torch.linalg.solve_triangular(L, self.mean(t)[..., None], upper=False)
-        w, snr = torch.linalg.solve_triangular(L.mT, kappa, upper=True)[..., 0], kappa.square().sum((-2, -1))
-        return w / snr.sqrt()[..., None], snr
-
-    def kappa(self, t):
-        """(..., 2): L^-1 mean."""
-        return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
+        kappa = self.kappa(t)
+        w = torch.linalg.solve_triangular(self.cholesky(t).mT, kappa[..., None], upper=True)[..., 0]
+        norm = kappa.norm(dim=-1)
+        return w / norm[..., None], norm**2
 
     def clock(self, t, R):
         """(...): lambda = log(1 + R sqrt(SNR))."""

@@ -187,10 +187,10 @@ class HOLD:
 
     def project(self, t):
         """w (..., n) and SNR (...), t > 0: y / sigma = w . m, where y = x + sigma noise is all that m tells of x."""
-        L = self.cholesky(t)
-        kappa = torch.linalg.solve_triangular(L, self.mean(t)[..., None], upper=False)
-        w, snr = torch.linalg.solve_triangular(L.mT, kappa, upper=True)[..., 0], kappa.square().sum((-2, -1))
-        return w / snr.sqrt()[..., None], snr
+        kappa = self.kappa(t)
+        w = torch.linalg.solve_triangular(self.cholesky(t).mT, kappa[..., None], upper=True)[..., 0]
+        norm = kappa.norm(dim=-1)
+        return w / norm[..., None], norm**2
 
     def snr(self, t):
         """(...): mean^T cov^-1 mean, falling from infinity at t = 0."""

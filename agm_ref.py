@@ -1,4 +1,4 @@
-"""AGM, the phase stochastic bridge, on one page: equations -> process -> loss -> samplers.
+"""AGM, the phase stochastic bridge, in one file: equations -> process -> loss -> samplers.
 
 Paper: "Generative Modeling with Phase Stochastic Bridges" (Chen et al., ICLR 2024, arXiv 2310.07805).
 
@@ -67,7 +67,7 @@ class AGM:
     t0: float = 1e-5  # first time of training and of every sampler
     t1: float = 0.999  # last time of training, and the latest a sampler may ask the network about
     param: str = "paper"  # what the network learns: F / s from m ("paper"), or x1 from y ("denoiser")
-    sigma_data: float = 0.5  # standard deviation of the data, for the denoiser
+    sigma_data: float = 0.5  # standard deviation of the data, for the denoiser and for the grid of `ode`
     n: ClassVar[int] = 2  # blocks of the state
     T: ClassVar[float] = 1.0  # end of time
     t_data: ClassVar[float] = 1.0  # where on it the data are
@@ -120,7 +120,7 @@ class AGM:
     def gain(self, t):
         """(..., 2): r, the noise part of the target F = 4 tau^2 x1 + r . eps.
 
-        r_0 = -(4/tau) (L_xx/tau + L_xv), written in C because the two terms cancel as t -> 1; r_1 = -(4/tau) L_vv, and
+        r_0 = -(4/tau) (L_xx/tau + L_vx), written in C because the two terms cancel as t -> 1; r_1 = -(4/tau) L_vv, and
         the ODE adds -g^2/2 grad_v log p(m | x1) = g^2 eps_v / (2 L_vv).
         """
         (tau, C), L = self.modes(t), self.cholesky(t)
@@ -190,7 +190,7 @@ def loss(process, net, x, label=None):
     """Weighted acceleration matching, E[(1 - t) |net(m, t) - F/s|^2] per data dimension, t uniform on [t0, t1]; or
     `denoiser_loss`, with param = "denoiser".
 
-    x: data (B, C, ...), unit scale. One t per image, stratified over the batch (each is uniform, together they spread).
+    x: data (B, C, ...), unit scale. One t per image, stratified over the batch.
     """
     if process.param == "denoiser":
         return denoiser_loss(process, net, x, label)
@@ -206,8 +206,8 @@ def stratified(n):
 
 
 def denoiser_loss(process, net, x, label=None):
-    """E[|D - x|^2 / c_out^2] per dimension, D the denoiser at y = x + sigma noise, ln sigma ~ N(-1.2, 1.2^2): this is
-    the same for every process. One sigma per image, stratified over the batch."""
+    """E[|D - x|^2 / c_out^2] per dimension, D the denoiser at y = x + sigma noise, ln sigma ~ N(-1.2, 1.2^2) as
+    EDM's: the same for every process. One sigma per image, stratified over the batch."""
     u = stratified(len(x))
     snr = torch.exp(-2 * (-1.2 + 1.2 * torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))))  # (B,)
     y = mix(snr.sqrt()[:, None, None], x) + torch.randn_like(x)  # over sigma
@@ -269,17 +269,17 @@ def denoise(process, net, m, t, label=None):
 
 
 @lru_cache(1000)  # the same for every batch
-def grid(process, n, rho, t_end, R=None):
-    """n times from t0 to t_end, uniform in t^(1/rho): rho = 1 is uniform, rho = 2 the paper's. Given R, uniform in
-    lambda^(1/rho), lambda = clock(t, R)."""
-    if n < 1:
-        raise ValueError(f"nfe counts network calls and must be at least 1, got {n}")
+def grid(process, nfe, rho, t_end, R=None, extra=0):
+    """nfe + extra times from t0 to t_end, uniform in t^(1/rho): rho = 1 is uniform, rho = 2 the paper's. Given R,
+    uniform in lambda^(1/rho), lambda = clock(t, R)."""
+    if nfe < 1:
+        raise ValueError(f"nfe counts network calls and must be at least 1, got {nfe}")
     if not (0.01 <= rho <= 100 and process.t0 < t_end <= process.t1):
         raise ValueError(
             f"want 0.01 <= rho <= 100 and {process.t0} < t_end <= {process.t1}, got rho={rho}, t_end={t_end}"
         )
     a, b = (float(t if R is None else process.clock(t, R)) ** (1 / rho) for t in (process.t0, t_end))
-    u = torch.linspace(a, b, n, dtype=torch.float64) ** rho
+    u = torch.linspace(a, b, nfe + extra, dtype=torch.float64) ** rho
     return tuple((u if R is None else process.time(u, R)).tolist())
 
 
@@ -307,7 +307,7 @@ def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torc
     t_end: end of the last step (default t1); the last call is at its middle.
     """
     sde, m = replace(process, sde=True), m0
-    ts = grid(process, nfe + 1 if nfe > 0 else nfe, rho, process.t1 if t_end is None else t_end)
+    ts = grid(process, nfe, rho, process.t1 if t_end is None else t_end, extra=1)
     for i in range(nfe):
         h, middle = ts[i + 1] - ts[i], (ts[i] + ts[i + 1]) / 2
         m = free_motion(process, m, ts[i], h / 2, randn)
@@ -320,13 +320,10 @@ def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torc
 
 
 def free_motion(process, m, t, h, randn):
-    """dx = v dt, dv = g dW over [t, t + h], drawn exactly (the official code freezes tau inside the step)."""
-    p2, tau = process.p**2, 1 - t
-    vv = p2 * (tau**2 * h - tau * h**2 + h**3 / 3)
-    xv = p2 * (tau**2 * h**2 / 2 - tau * h**3 / 3 + h**4 / 12)
-    xx = p2 * (tau**2 * h**3 / 3 - tau * h**4 / 6 + h**5 / 30)
-    L = torch.linalg.cholesky(torch.tensor([[vv, xv], [xv, xx]], dtype=torch.float64)).flip(0)  # built as v, x
-    return drift(m, h) + mix(L, randn(m))
+    """dx = v dt, dv = g dW over [t, t + h], drawn exactly (official code: tau^2 times the covariance at tau = 1)."""
+    u, du = gauss_legendre(0.0, h)  # a kick dv at t + u has moved x by (h - u) dv at the end
+    Q = process.p * (1 - t - u) * du.sqrt() * torch.stack([torch.ones_like(u), h - u])  # (2, nodes), as v, x
+    return drift(m, h) + mix(torch.linalg.cholesky(Q @ Q.mT).flip(0), randn(m))
 
 
 def drift(m, h):
@@ -392,13 +389,13 @@ def exponential(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None)
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
-    ode, m, past = replace(process, sde=False), m0, []  # past: (t, N) of the last calls
+    flow, m, past = replace(process, sde=False), m0, []  # past: (t, N) of the last calls
     ts = grid(process, nfe, rho, last_time(process, nfe) if t_end is None else t_end)
     for t, t_next in pairwise(ts):
-        F = acceleration(ode, denoise(process, net, m, t, label), m, t)
-        past = [*past, (t, F / float(ode.scale(t)))][-order:]
+        F = acceleration(flow, denoise(process, net, m, t, label), m, t)
+        past = [*past, (t, F / float(flow.scale(t)))][-order:]
         u, du = gauss_legendre(t, t_next)
-        m, s = drift(m, t_next - t), ode.scale(u)
+        m, s = drift(m, t_next - t), flow.scale(u)
         for i, (_, N) in enumerate(past):
             force = du * s * lagrange([time for time, _ in past], i, u)
             m = m + mix(torch.stack([((t_next - u) * force).sum(), force.sum()])[:, None], N)

@@ -1,4 +1,4 @@
-"""HOLD, high-order Langevin dynamics, on one page: equations -> process -> loss -> samplers -> likelihood.
+"""HOLD, high-order Langevin dynamics, in one file: equations -> process -> loss -> samplers -> likelihood.
 
 Paper: "Generative Modelling with High-Order Langevin Dynamics" (Shi & Liu, arXiv 2404.12814); it has no public code,
 and the defaults here are ours. Order n = 1 is the OU (VP) process, 2 is CLD, 3 is HOLD.
@@ -29,7 +29,7 @@ Gaussian does not notice: the probability flow turns the faster the higher the o
     symbol     name here            meaning
     m          m                    state cat(q, p, s, ...) on axis 1: (B, n C, H, W) or (B, n D)
     gamma, xi  HOLD.gamma, HOLD.xi  rotation speeds and friction; None is critical damping
-    L^-1       HOLD.L_inv           prior variance of every block; alpha L_inv is that of the auxiliaries at t = 0
+    L_inv      HOLD.L_inv           prior variance of every block; alpha L_inv is that of the auxiliaries at t = 0
     F          drift()              (n, n)       drift matrix; transition(t) is exp(F t)
     mu_t       mean(t)              (..., n)     mean of the blocks per unit of x
     Sigma_t    cov(t)               (..., n, n)  covariance of the blocks given x
@@ -161,7 +161,7 @@ class HOLD:
         return torch.where(is_late, torch.linalg.cholesky(self.L_inv * eye + rest * is_late), early)
 
     def diffusion(self, t):
-        """(..., n, K): R with R R^T = 2 xi L_inv int_0^t exp(F s) e_n e_n^T exp(F s)^T ds, a column per node s."""
+        """(..., n, K): Q with Q Q^T = 2 xi L_inv int_0^t exp(F s) e_n e_n^T exp(F s)^T ds, a column per node s."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")[..., None]
         turns = 0 if (self.gamma, self.xi) == self.critical() else torch.linalg.matrix_norm(self.drift(), 2) * t.max()
         s, ds = gauss_legendre(0.0, 1.0, 40 + int(turns))
@@ -216,13 +216,14 @@ class HOLD:
 
     @cached_property
     def knots(self):
-        """lambda (1000,), rising, and t (1000,), from T to t_min: the table behind `time`."""
+        """sqrt(SNR) (1000,), rising, and t (1000,), from T to t_min: the table behind `time`."""
         t = torch.linspace(math.log(self.T), math.log(self.t_min), 1000, dtype=torch.float64).exp()
-        return self.clock(t), t
+        return self.snr(t).sqrt(), t
 
-    def time(self, clock):
+    def time(self, clock, R=R):
         """t (...) and dt/dlambda (...) at lambda = clock, by straight lines between the knots."""
-        c, t = self.knots
+        root_snr, t = self.knots
+        c = torch.log1p(R * root_snr)
         k = torch.searchsorted(c, clock).clamp(1, len(c) - 1)
         slope = (t[k] - t[k - 1]) / (c[k] - c[k - 1])
         return t[k - 1] + slope * (clock - c[k - 1]), slope
@@ -258,7 +259,7 @@ def loss(process, net, x, label=None, weight="uniform"):
     """BCSM, E[w(t) |net(m, t) - eps_n|^2] per data dimension, lambda uniform on [clock(T), clock(t_min)]; or
     `denoiser_loss`, with param = "denoiser".
 
-    x: data (B, C, ...), unit scale. One t per image, stratified over the batch (each is uniform, together they spread).
+    x: data (B, C, ...), unit scale. One t per image, stratified over the batch.
     weight: "uniform" is w = 1; "likelihood", with param = "paper" only, is w = xi L_inv / L_nn^2 for t uniform on
     [t_min, T], the bound's weight: the density of t is divided out, and even steps of lambda put the samples where that
     weight is large. Errors: ValueError for any other weight.
@@ -268,13 +269,13 @@ def loss(process, net, x, label=None, weight="uniform"):
         raise ValueError(f"with param {process.param!r} weight must be one of {weights}, got {weight!r}")
     if process.param == "denoiser":
         return denoiser_loss(process, net, x, label)
-    c = process.knots[0]
-    t, slope = process.time(c[0] + (c[-1] - c[0]) * stratified(len(x)))  # (B,)
+    first, last = process.clock(torch.tensor([process.T, process.t_min], dtype=torch.float64))
+    t, slope = process.time(first + (last - first) * stratified(len(x)))  # (B,)
     m, target = training_pair(process, x, t, torch.randn_like(torch.cat([x] * process.n, 1)))
     error = net(m, t.to(x), label) - target
     w = torch.ones_like(t)
     if weight == "likelihood":
-        ratio = -slope * (c[-1] - c[0]) / (process.T - process.t_min)  # density of uniform t over that of t here
+        ratio = -slope * (last - first) / (process.T - process.t_min)  # density of uniform t over that of t here
         w = process.xi * process.L_inv / process.cholesky(t)[:, -1, -1] ** 2 * ratio
     return mix(w[:, None, None], error**2).mean()
 
@@ -285,8 +286,8 @@ def stratified(n):
 
 
 def denoiser_loss(process, net, x, label=None):
-    """E[|D - x|^2 / c_out^2] per dimension, D the denoiser at y = x + sigma noise, ln sigma ~ N(-1.2, 1.2^2): this is
-    the same for every process. One sigma per image, stratified over the batch."""
+    """E[|D - x|^2 / c_out^2] per dimension, D the denoiser at y = x + sigma noise, ln sigma ~ N(-1.2, 1.2^2) as
+    EDM's: the same for every process. One sigma per image, stratified over the batch."""
     u = stratified(len(x))
     snr = torch.exp(-2 * (-1.2 + 1.2 * torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))))  # (B,)
     y = mix(snr.sqrt()[:, None, None], x) + torch.randn_like(x)  # over sigma
@@ -345,35 +346,36 @@ def denoise(process, net, m, t, label=None):
 
 
 @lru_cache(1000)  # the same for every batch
-def grid(process, n, rho, t_end, R=HOLD.R):
-    """n times from T down to t_end, uniform in lambda^(1/rho), lambda = clock(t, R): in t, a high order would skip low
-    noise."""
-    if n < 1:
-        raise ValueError(f"nfe counts network calls and must be at least 1, got {n}")
+def grid(process, nfe, rho, t_end, R=HOLD.R, extra=0):
+    """nfe + extra times from T down to t_end (None: `last_time`), uniform in lambda^(1/rho), lambda = clock(t, R): in
+    t, a high order would skip low noise."""
+    if nfe < 1:
+        raise ValueError(f"nfe counts network calls and must be at least 1, got {nfe}")
+    t_end = last_time(process, nfe) if t_end is None else t_end
     if not (0.01 <= rho <= 100 and process.t_min <= t_end < process.T):
         raise ValueError(
             f"want 0.01 <= rho <= 100 and {process.t_min} <= t_end < {process.T}, got rho={rho}, t_end={t_end}"
         )
     a, b = (float(process.clock(t, R)) ** (1 / rho) for t in (process.T, t_end))
-    root_snr = torch.expm1(torch.linspace(a, b, n, dtype=torch.float64) ** rho) / R
-    return tuple(process.time(torch.log1p(process.R * root_snr))[0].tolist())
+    clock = torch.linspace(a, b, nfe + extra, dtype=torch.float64) ** rho
+    return tuple(process.time(clock, R)[0].tolist())
 
 
 @lru_cache(1000)
 def last_time(process, nfe):
-    """Where a sampler ends by default: noise of std 1/(3 nfe) on unit data, or t_min if that is later."""
-    return max(process.time_of((3 * max(nfe, 1)) ** 2), process.t_min)
+    """Where a sampler ends by default: noise of std 1/(3 nfe) on unit data, or t_min if that is larger."""
+    return max(process.time_of((3 * nfe) ** 2), process.t_min)
 
 
 def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
     """SDE, Euler-Maruyama. t_end: time of the last call (default `last_time`); randn(x): unit noise shaped like x."""
     m, e_n = m0, torch.eye(process.n, dtype=torch.float64)[:, -1:]
-    ts = grid(process, nfe, rho, last_time(process, nfe) if t_end is None else t_end)
+    ts = grid(process, nfe, rho, t_end)
     for t, t_next in pairwise(ts):
         h = t - t_next
         f = force(process, denoise(process, net, m, t, label), m, t)
-        kick = 2 * process.xi * h * f + math.sqrt(2 * process.xi * process.L_inv * h) * randn(f)
-        m = m + mix(h * process.drift().mT, m) + mix(e_n, kick)
+        push = 2 * process.xi * h * f + math.sqrt(2 * process.xi * process.L_inv * h) * randn(f)
+        m = m + mix(h * process.drift().mT, m) + mix(e_n, push)
     return denoise(process, net, m, ts[-1], label)
 
 
@@ -381,7 +383,7 @@ def lie(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.rand
     """SDE, Lie-Trotter splitting (the paper's): a step of linear flow, then the kick. Weak order 1.
     t_end: end of the last step (default `last_time`), where the last call is."""
     m = m0
-    ts = grid(process, nfe + 1 if nfe > 0 else nfe, rho, last_time(process, nfe) if t_end is None else t_end)
+    ts = grid(process, nfe, rho, t_end, extra=1)
     for i in range(nfe):
         h = ts[i] - ts[i + 1]
         m = linear_flow(process, m, h, randn)
@@ -399,7 +401,7 @@ def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.r
     t_end: end of the last step (default `last_time`); the last call is at its middle.
     """
     m, x = m0, None
-    ts = grid(process, nfe + 1 if nfe > 0 else nfe, rho, last_time(process, nfe) if t_end is None else t_end)
+    ts = grid(process, nfe, rho, t_end, extra=1)
     for i in range(nfe):
         h, middle = ts[i] - ts[i + 1], (ts[i] + ts[i + 1]) / 2
         m = linear_flow(process, m, h / 2, randn)
@@ -427,8 +429,8 @@ def kick(process, x, m, t, h):
     """dm_n = 2 xi f |dt| over h at frozen t and x, solved exactly: f grows at rate a, and a h << -1 at low noise."""
     a = 2 * process.xi * (1 - process.L_inv / float(process.cholesky(t)[-1, -1]) ** 2)
     e_n = torch.eye(process.n, dtype=torch.float64)[:, -1:]
-    h = math.expm1(a * h) / a if a else h
-    return m + mix(2 * process.xi * h * e_n, force(process, x, m, t))
+    growth = math.expm1(a * h) / a if a else h
+    return m + mix(2 * process.xi * growth * e_n, force(process, x, m, t))
 
 
 def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None, eta=0.0, randn=torch.randn_like):
@@ -449,7 +451,7 @@ def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None, eta=0.0
     if not eta >= 0:
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     R = process.sigma_data * math.sqrt(m0[0].numel() / process.n) if process.param == "denoiser" else process.R
-    ts = grid(process, nfe, rho, last_time(process, nfe) if t_end is None else t_end, R)
+    ts = grid(process, nfe, rho, t_end, R)
     z, past = mix(torch.linalg.inv(process.cholesky(ts[0])), m0), []  # past: (lambda, x) of the last calls
     for t, t_next in pairwise(ts):
         x = denoise(process, net, mix(process.cholesky(t), z), t, label)
@@ -513,15 +515,15 @@ def log_likelihood_bound(process, net, x, label=None, exact=None, tol=1e-5):
     eps = torch.randn_like(torch.cat([x] * n, 1))
     z = mix(process.kappa(t)[:, None], x) + eps
 
-    def field(s, y):  # d(z, log p)/ds, s = log t
-        t = math.exp(s)
-        rate = t * process.kappa_rate(t)
+    def field(s, y):  # d(z, log p)/ds, s = log time
+        time = math.exp(s)
+        rate = time * process.kappa_rate(time)
         with torch.enable_grad():
-            z = y[:, :-1].detach().reshape(eps.shape).requires_grad_()
-            x = denoise(process, net, mix(process.cholesky(t), z), t, label)
-            grads = [torch.autograd.grad((x * v).sum(), z, retain_graph=True)[0] for v in probes]
+            state = y[:, :-1].detach().reshape(eps.shape).requires_grad_()
+            D = denoise(process, net, mix(process.cholesky(time), state), time, label)
+            grads = [torch.autograd.grad((D * v).sum(), state, retain_graph=True)[0] for v in probes]
         div = sum((v * mix(rate[None], g)).reshape(B, -1).sum(1) for v, g in zip(probes, grads, strict=True))
-        return torch.cat([mix(rate[:, None], x.detach()).reshape(B, -1), div[:, None]], 1)
+        return torch.cat([mix(rate[:, None], D.detach()).reshape(B, -1), div[:, None]], 1)
 
     with torch.no_grad():
         error = x - denoise(process, net, mix(process.cholesky(t), z), t, label)

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import math
@@ -2423,13 +2424,16 @@ def test_resume_without_out_takes_the_newest_run_and_may_go_further(folder):
     assert len(losses(folder / "runs/agm-digits")) == 6
 
 
-def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(folder, capsys, monkeypatch):
-    train.main(["--out", "run", *TOY])
+@pytest.mark.parametrize(
+    ("param", "drawn"), [("denoiser", "ln sigma ~ N(-1.2, 1.2^2)"), ("paper", "t in (1e-05, 0.999)")]
+)
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(folder, capsys, monkeypatch, param, drawn):
+    train.main(["--out", "run", *TOY, "--param", param])
     before = Path("run/ckpt.pt").read_bytes()
     monkeypatch.setattr(agm_ref, "loss", lambda process, net, x: next(net.parameters()).sum() * math.nan)
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", "--out", "run", "--steps", "9"])
-    assert "step 7" in stop.value.code and "--lr" in stop.value.code and "t in" in stop.value.code
+    assert "step 7" in stop.value.code and "--lr" in stop.value.code and drawn in stop.value.code
     assert Path("run/ckpt.pt").read_bytes() == before
 
 
@@ -2558,7 +2562,7 @@ def load_bench(script):
 
 def test_bench_refuses_networks_of_another_number_of_updates(folder):
     train.main([*TOY, "--data", "gmm", "--out", "net"])
-    with pytest.raises(SystemExit, match="net holds 6 updates, not 3: change --steps, or --out"):
+    with pytest.raises(SystemExit, match="net was trained with steps 6, not 3: ask for that, or choose another --out"):
         load_bench("bench/peers.py").checkpoint(Path("net"), "denoiser", 3, [])
 
 
@@ -2575,6 +2579,12 @@ def test_readme_states_the_line_counts():
     assert set(stated) == {p.name for p in HERE.glob("*.py")} | {f"bench/{p.name}" for p in HERE.glob("bench/*.py")}
     for name, lines in stated.items():
         assert len((HERE / name).read_text().splitlines()) == int(lines), name
+
+
+def test_what_both_methods_need_stands_in_both_letter_for_letter():
+    for name in re.search(r"what both need \((.*?)\)", (HERE / "README.md").read_text(), re.S)[1].split(","):
+        one, other = (inspect.getsource(getattr(module, name.strip(" `\n"))) for module in (agm_ref, hold_ref))
+        assert one == other, name
 
 
 def readme_commands():

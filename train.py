@@ -320,7 +320,8 @@ def train(config, ckpt=None):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config["clip"])
         if not torch.isfinite(norm):
-            where = f"step {step + 1}, t in {process.t_range}"
+            drawn = f"t in {process.t_range}" if config["param"] == "paper" else "ln sigma ~ N(-1.2, 1.2^2)"
+            where = f"step {step + 1}, {drawn}"
             raise data.DataError(
                 f"loss {loss.item():g} and gradient norm {norm.item():g} at {where}: lower --lr or --clip; "
                 f"{out / 'ckpt.pt'}, if there is one, holds the last good weights"

@@ -27,6 +27,7 @@ import peers
 from digits import frechet
 
 import data
+from train import run
 
 
 def small(images):
@@ -141,11 +142,11 @@ def main(argv=None):
     found = {}
     options = ["--data", str(file), "--width", str(args.width), "--mult", "1", "2", "--blocks", "1", "--batch", "128"]
     options += ["--lr", "2e-3", "--amp", args.amp]
+    sampling = partial(
+        peers.evaluate, n_search=args.search, batch=250, amp=args.amp == "bf16", score=lambda row: row[0]
+    )
     for kind in args.nets:
         path = peers.checkpoint(folder / f"{args.data}-{kind}", kind, args.steps, options)
-        sampling = partial(
-            peers.evaluate, n_search=args.search, batch=250, amp=args.amp == "bf16", score=lambda row: row[0]
-        )
         for contender in peers.contenders(kind, args.only):
             found[contender[0]] = contender, path
             rows[contender[0]] = sampling(contender, [path], args.nfe, args.n, measure, results)
@@ -159,4 +160,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -57,10 +57,6 @@ def fm_times(steps, rho):
     return [1 - (1 - i / steps) ** rho for i in range(steps + 1)]
 
 
-def fm_euler(process, net, m0, nfe, rho=1.0):
-    return fm_adams_bashforth(process, net, m0, nfe, rho, order=1)
-
-
 def fm_midpoint(process, net, m0, nfe, rho=1.0):
     """Two calls a step; an odd call left over is a last Euler step."""
     x, ts = m0, fm_times((nfe + 1) // 2, rho)
@@ -83,7 +79,8 @@ def fm_adams_bashforth(process, net, m0, nfe, rho=1.0, order=2):
     return x
 
 
-SAMPLERS = {"midpoint": fm_midpoint, "euler": fm_euler, "ab2": fm_adams_bashforth}
+fm_euler = partial(fm_adams_bashforth, order=1)
+SAMPLERS = {"midpoint": fm_midpoint}  # train.py draws its pictures with the first
 
 
 def register():
@@ -95,10 +92,10 @@ def register():
 # EDM on a denoiser checkpoint; m0 is unit noise (B, C, ...), process any with its sigma_data
 
 
-def edm_sigmas(steps, sigma_max, sigma_min, rho=7.0):
-    """`steps` noise levels from sigma_max to sigma_min, even in sigma^(1/rho)."""
-    a, b = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return [(a + i / max(steps - 1, 1) * (b - a)) ** rho for i in range(steps)]
+def powers(n, first, last, rho=7.0):
+    """n numbers from first to last, even in their (1/rho)-th power; EDM's noise levels."""
+    a, b = first ** (1 / rho), last ** (1 / rho)
+    return [(a + i / max(n - 1, 1) * (b - a)) ** rho for i in range(n)]
 
 
 def edm_denoise(process, net, y, sigma):
@@ -108,7 +105,7 @@ def edm_denoise(process, net, y, sigma):
 
 def edm_heun(process, net, m0, nfe, sigma_max=80.0, sigma_min=0.002):
     """Two calls a step but one in the last, to sigma = 0; of an even nfe one call is not used."""
-    sigmas = [*edm_sigmas((nfe + 1) // 2, sigma_max, sigma_min), 0.0]
+    sigmas = [*powers((nfe + 1) // 2, sigma_max, sigma_min), 0.0]
     y = sigmas[0] * m0
     for s, s_next in pairwise(sigmas):
         d = (y - edm_denoise(process, net, y, s)) / s
@@ -121,7 +118,7 @@ def edm_heun(process, net, m0, nfe, sigma_max=80.0, sigma_min=0.002):
 
 def edm_dpm(process, net, m0, nfe, sigma_max=80.0, sigma_min=0.002):
     """DPM-Solver++(2M), one call a step; the last call's denoised image is the result."""
-    sigmas, past = edm_sigmas(nfe, sigma_max, sigma_min), None
+    sigmas, past = powers(nfe, sigma_max, sigma_min), None
     y = sigmas[0] * m0
     for s, s_next in pairwise(sigmas):
         d, h = edm_denoise(process, net, y, s), math.log(s / s_next)
@@ -137,11 +134,7 @@ def edm_dpm(process, net, m0, nfe, sigma_max=80.0, sigma_min=0.002):
 
 def ddim(process, net, m0, nfe, rho=1.0, t_end=0.01):
     """First order on the data prediction, times even in t^(1/rho)."""
-    ts = [
-        (process.T ** (1 / rho) + i / max(nfe - 1, 1) * (t_end ** (1 / rho) - process.T ** (1 / rho))) ** rho
-        for i in range(nfe)
-    ]
-    x, m = None, m0
+    ts, x, m = powers(nfe, process.T, t_end, rho), None, m0
     for i, t in enumerate(ts):
         if i:
             eps = (m - float(process.mean(ts[i - 1])) * x) / float(process.cholesky(ts[i - 1]))
@@ -193,9 +186,11 @@ def checkpoint(out, kind, steps, options):
     options += ["--order", kind[-1]] if kind.startswith("hold") else []
     if not (out / "ckpt.pt").exists():
         train.main(options)
-    ckpt = train.load_checkpoint(out / "ckpt.pt")
-    if ckpt["config"]["steps"] != steps:  # the numbers kept beside it belong to it
-        sys.exit(f"error: {out} holds {ckpt['config']['steps']} updates, not {steps}: change --steps, or --out")
+    ckpt, wanted = train.load_checkpoint(out / "ckpt.pt"), train.configure(options)[0]
+    for key, value in wanted.items():  # the numbers kept beside it belong to it
+        if (key == "steps" or key not in {*train.MAY_CHANGE, "data"}) and value != ckpt["config"].get(key):
+            was = f"{key} {ckpt['config'].get(key)}, not {value}"
+            sys.exit(f"error: {out} was trained with {was}: ask for that, or choose another --out")
     if ckpt["step"] < ckpt["config"]["steps"]:
         train.main(["--resume", "--out", str(out), "--data", ckpt["config"]["data"]])
     return out / "ckpt.pt"
@@ -261,7 +256,7 @@ def table(rows, nfes, i):
 
 
 def grids_used(rows):
-    print("\nbest grids of the peers:")
+    print("\nbest grids:")
     for title, row in rows.items():
         if any(grid for grid, _ in row.values()):
             print(f"  {title}: { {nfe: grid for nfe, (grid, _) in row.items()} }")

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import peers
 
 import data
+from train import run
 
 NFES = [4, 5, 6, 8, 10, 20, 50, 100]
 
@@ -85,7 +86,7 @@ def main(argv=None):
         points = points[: len(points) // args.n * args.n]
         fresh = [data.POINTS[name](args.n, torch.Generator().manual_seed(seed)) for seed in range(10)]
         floor = torch.tensor([measure(x, points) for x in fresh])
-        rows = {}
+        against, rows = partial(measure, points=points), {}
         for kind in args.nets:
             wanted = peers.contenders(kind, args.only)
             paths = []
@@ -93,7 +94,6 @@ def main(argv=None):
                 options = ["--data", name, "--seed", str(seed)]
                 paths.append(peers.checkpoint(folder / f"{name}-{kind}-{seed}", kind, args.steps, options))
             for contender in wanted:
-                against = partial(measure, points=points)
                 rows[contender[0]] = peers.evaluate(
                     contender, paths, args.nfe, args.n, against, results, lambda row: row[0] + row[1]
                 )
@@ -105,4 +105,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -113,9 +113,14 @@ class AGM:
         det = C[..., 0, 0] * C[..., 1, 1] - C[..., 0, 1] ** 2
         return matrix([[Lxx, torch.zeros_like(Lxx)], [S[..., 0, 1] / Lxx, 3 * tau**4 * det.sqrt() / Lxx]])
 
+    def whiten(self, t):
+        """L (..., 2, 2) and kappa = L^-1 mean (..., 2)."""
+        L = self.cholesky(t)
+        return L, torch.linalg.solve_triangular(L, self.mean(t)[..., None], upper=False)[..., 0]
+
     def kappa(self, t):
         """(..., 2): L^-1 mean."""
-        return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
+        return self.whiten(t)[1]
 
     def gain(self, t):
         """(..., 2): r, the noise part of the target F = 4 tau^2 x1 + r . eps.
@@ -142,8 +147,8 @@ class AGM:
 
     def project(self, t):
         """w (..., 2) and SNR (...), t > 0: y / sigma = w . m, where y = x1 + sigma noise is all that m tells of x1."""
-        kappa = self.kappa(t)
-        w = torch.linalg.solve_triangular(self.cholesky(t).mT, kappa[..., None], upper=True)[..., 0]
+        L, kappa = self.whiten(t)
+        w = torch.linalg.solve_triangular(L.mT, kappa[..., None], upper=True)[..., 0]
         norm = kappa.norm(dim=-1)
         return w / norm[..., None], norm**2
 

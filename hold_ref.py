@@ -167,9 +167,14 @@ class HOLD:
         s, ds = gauss_legendre(0.0, 1.0, 40 + int(turns))
         return self.transition(t * s)[..., -1].mT * (2 * self.xi * self.L_inv * t * ds).sqrt()[..., None, :]
 
+    def whiten(self, t):
+        """L (..., n, n) and kappa = L^-1 mean (..., n)."""
+        L = self.cholesky(t)
+        return L, torch.linalg.solve_triangular(L, self.mean(t)[..., None], upper=False)[..., 0]
+
     def kappa(self, t):
         """(..., n): L^-1 mean."""
-        return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
+        return self.whiten(t)[1]
 
     def kappa_rate(self, t):
         """(..., n): d kappa / dt, from mean' = F mean and L' = L P, P the lower half of L^-1 cov' L^-T."""
@@ -187,8 +192,8 @@ class HOLD:
 
     def project(self, t):
         """w (..., n) and SNR (...), t > 0: y / sigma = w . m, where y = x + sigma noise is all that m tells of x."""
-        kappa = self.kappa(t)
-        w = torch.linalg.solve_triangular(self.cholesky(t).mT, kappa[..., None], upper=True)[..., 0]
+        L, kappa = self.whiten(t)
+        w = torch.linalg.solve_triangular(L.mT, kappa[..., None], upper=True)[..., 0]
         norm = kappa.norm(dim=-1)
         return w / norm[..., None], norm**2
 
@@ -269,7 +274,7 @@ def loss(process, net, x, label=None, weight="uniform"):
         raise ValueError(f"with param {process.param!r} weight must be one of {weights}, got {weight!r}")
     if process.param == "denoiser":
         return denoiser_loss(process, net, x, label)
-    first, last = process.clock(torch.tensor([process.T, process.t_min], dtype=torch.float64))
+    first, last = torch.log1p(process.R * process.knots[0][[0, -1]])  # clock(T), clock(t_min)
     t, slope = process.time(first + (last - first) * stratified(len(x)))  # (B,)
     m, target = training_pair(process, x, t, torch.randn_like(torch.cat([x] * process.n, 1)))
     error = net(m, t.to(x), label) - target

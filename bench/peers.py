@@ -186,13 +186,14 @@ def checkpoint(out, kind, steps, options):
     options += ["--order", kind[-1]] if kind.startswith("hold") else []
     if not (out / "ckpt.pt").exists():
         train.main(options)
-    ckpt, wanted = train.load_checkpoint(out / "ckpt.pt"), train.configure(options)[0]
-    for key, value in wanted.items():  # the numbers kept beside it belong to it
-        if (key == "steps" or key not in {*train.MAY_CHANGE, "data"}) and value != ckpt["config"].get(key):
-            was = f"{key} {ckpt['config'].get(key)}, not {value}"
-            sys.exit(f"error: {out} was trained with {was}: ask for that, or choose another --out")
-    if ckpt["step"] < ckpt["config"]["steps"]:
-        train.main(["--resume", "--out", str(out), "--data", ckpt["config"]["data"]])
+    trained = train.load_checkpoint(out / "ckpt.pt")["config"]
+    if trained["steps"] != steps:  # the numbers kept beside it belong to it
+        was = f"steps {trained['steps']}, not {steps}"
+        sys.exit(f"error: {out} was trained with {was}: ask for that, or choose another --out")
+    goes_on = [*options, "--data", trained["data"], "--resume"]
+    _, ckpt = train.configure(goes_on)  # refuses other settings
+    if ckpt["step"] < steps:
+        train.main(goes_on)
     return out / "ckpt.pt"
 
 

@@ -2,27 +2,29 @@
 
 "Generative Modeling with Phase Stochastic Bridges", Chen et al., ICLR 2024, arXiv 2310.07805.
 
-1. The process. A particle (x, v) starts as noise at t = 0 and is steered to a data point x1 at t = 1; tau = 1 - t is left:
+1. The process. A particle (x, v) starts as noise at t = 0 and is steered to a data point x1 at t = 1; tau = 1 - t:
 
     dx = v dt,    dv = a dt + g dW,    g = p tau,    (x, v) at 0 ~ N(0, [[1, k], [k, 1]])
     a* = (4/tau) ((x1 - x)/tau - v)
 
-a* costs the least, min int |a|^2 dt, of all accelerations that reach x1 with the velocity (x1 - x)/tau of the straight line
-there. Under a* the error e = x - x1 obeys e'' = -4 e/tau^2 - 4 e'/tau. Try e = tau^j: j (j - 1) = 4 j - 4, so j is 1 or 4, and
+Of all accelerations that reach x1 with the velocity of the straight line there, (x1 - x)/tau, a* costs the least,
+min int |a|^2 dt. Under a* the error e = x - x1 obeys e'' = -4 e/tau^2 - 4 e'/tau. Try e = tau^j: j (j - 1) = 4 j - 4,
+so j is 1 or 4, and
 
     (e, v) = M c,    M = [[tau, tau^4], [-1, -4 tau^3]],    c the two mode amplitudes
 
 where c is constant but for the noise: a kick dv adds dc = M^-1 (0, dv) = dv/3 (1, -1/tau^3). So, given x1, the state
 m = (x, v) is Gaussian: m = mean x1 + L eps, eps ~ N(0, I), with L L^T = M Cov(c) M^T.
 
-2. The target is the acceleration that moves the particles of x1: F = a* for the SDE, and F = a* - g^2/2 grad_v log p(m | x1)
-for the ODE of the same law. Both are affine in (x1, eps): F = 4 tau^2 x1 + r . eps. The network learns F/s, s = |r|, which has
-unit variance at x1 = 0. Regression on m gives E[F | m], and as F = w . m + b x1, this is a prediction of x1, and back.
+2. The target is the acceleration that moves the particles of x1: F = a* for the SDE, and for the ODE of the same law
+F = a* - g^2/2 grad_v log p(m | x1). Both are affine in (x1, eps): F = 4 tau^2 x1 + r . eps. The network learns F/s,
+s = |r|, which has unit variance at x1 = 0. Regression on m gives E[F | m], and as F = w . m + b x1 this is a
+prediction of x1, and back.
 
-3. A denoiser will do. y = mean^T cov^-1 m / SNR, SNR = mean^T cov^-1 mean, is a sufficient statistic: m depends on x1 only
-through it. As y = x1 + sigma noise, sigma = SNR^-1/2, E[x1 | m] = E[x1 | y], which one network gives for every process.
+3. A denoiser will do. y = mean^T cov^-1 m / SNR, SNR = mean^T cov^-1 mean, is a sufficient statistic: m depends on x1
+only through it. It is x1 + sigma noise, sigma = SNR^-1/2, so E[x1 | m] = E[x1 | y]: one network serves every process.
 
-4. Samplers. In z = L^-1 m = kappa x1 + eps the ODE is dz = E[x1 | m] dkappa: the noise eps stands still, averaged over x1.
+4. Samplers. In z = L^-1 m = kappa x1 + eps the ODE is dz = E[x1 | m] dkappa: given x1 the noise eps stands still.
 
     symbol    here           shape         meaning
     m         m              (B, 2C, ...)  state cat(x, v); x1 has (B, C, ...), images in [-1, 1], points of unit scale
@@ -90,7 +92,7 @@ class AGM:
         return tau, M, M0_inv @ prior @ M0_inv.T + self.p**2 / 27 * kicks
 
     def mean(self, t):
-        """(..., 2): (1, 0) + M M(0)^-1 (-1, 0) = (1 - 4 tau/3 + tau^4/3, 4/3 (1 - tau^3)), in t, so nothing cancels."""
+        """(..., 2): (1, 0) + M M(0)^-1 (-1, 0) = (1 - 4 tau/3 + tau^4/3, 4/3 (1 - tau^3)), in t: nothing cancels."""
         t = 1 - self.modes(t)[0]
         return torch.stack([t**2 * (6 - 4 * t + t**2), 4 * t * (3 - 3 * t + t**2)], -1) / 3
 
@@ -115,7 +117,7 @@ class AGM:
         return self.kappa(t).square().sum(-1)
 
     def clock(self, t, R):
-        """(...): lambda = log(1 + R sqrt(SNR)): even in sqrt(SNR) while that is below 1/R, then even in its logarithm."""
+        """(...): lambda = log(1 + R sqrt(SNR)), about R sqrt(SNR) below 1/R and its logarithm above."""
         return torch.log1p(R * self.snr(t).sqrt())
 
     def time(self, clock, R):
@@ -140,7 +142,7 @@ def matrix(rows):
 
 
 def mix(A, m):
-    """Linear combinations of blocks: A (i, j) or (B, i, j) on m (B, j C, ...) -> (B, i C, ...), in m's dtype and device.
+    """Linear combinations of blocks: A (i, j) or (B, i, j) on m (B, j C, ...) -> (B, i C, ...), m's dtype and device.
     A product and a sum, not a matmul, so that neither autocast nor TF32 rounds the coefficients."""
     blocks = m.reshape(len(m), 1, A.shape[-1], -1)
     return (A.to(blocks)[..., None] * blocks).sum(-2).reshape(len(m), -1, *m.shape[2:])
@@ -202,8 +204,8 @@ def training_pair(process, x1, t, eps):
 def loss(process, net, x1, label=None):
     """The paper's, E[(1 - t) |net(m, t) - F/s|^2] per dimension, t uniform on [t0, t1]; x1 (B, C, ...) of unit scale.
 
-    The denoiser minimises the same, with F_theta = w . m + b D: then |F_theta - F|^2 = b^2 |D - x1|^2. Only the weight
-    and the density of the noise levels are others (`denoiser_loss`), and y is drawn in place of m, as D sees no more.
+    The denoiser minimises the same, with F_theta = w . m + b D: |F_theta - F|^2 = b^2 |D - x1|^2. Only the weight and
+    the density of the noise levels differ (`denoiser_loss`), and y is drawn in place of m, as D sees no more.
     """
     if process.param == "denoiser":
         return denoiser_loss(process, net, x1, label)
@@ -259,7 +261,7 @@ def denoise(process, net, m, t, label=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Samplers: m0 (B, 2C, ...) from the prior -> x1 (B, C, ...), with exactly nfe network calls and without gradients; the
+# 4. Samplers: m0 (B, 2C, ...) from the prior -> x1 (B, C, ...), with exactly nfe network calls and no gradients; the
 # result is the last call's prediction. All take their force from the prediction of x1, so any network serves them all.
 # rho and t_end shape the grid of times, randn(x) draws unit noise shaped like x, label goes to the network.
 
@@ -268,7 +270,7 @@ def times(process, nfe, rho, t_end, R=None, extra=0):
     """nfe + extra times (a list) from t0 to t_end, even in t^(1/rho), or given R in lambda^(1/rho).
 
     t_end None: 1.5 mean steps before the data, which the last prediction covers; given R, where y has noise of standard
-    deviation 1/(3 nfe). Errors: ValueError for nfe, rho or t_end out of range.
+    deviation 1/(3 nfe). ValueError for nfe, rho or t_end out of range.
     """
     if nfe < 1:
         raise ValueError(f"nfe counts network calls and must be at least 1, got {nfe}")
@@ -302,7 +304,8 @@ def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torc
     """SDE, symmetric splitting (the paper's SSS): half a step of free motion with noise, the kick v += h F with F at
     mid-step, half a step of free motion. First order in law: F contains v, and the kick is an Euler step.
     t_end ends the last step (default t1), whose call is at its middle."""
-    sde, m, ts = replace(process, sde=True), m0, times(process, nfe, rho, process.t1 if t_end is None else t_end, extra=1)
+    sde, m = replace(process, sde=True), m0
+    ts = times(process, nfe, rho, process.t1 if t_end is None else t_end, extra=1)
     for t, t_next in pairwise(ts):
         h, middle = t_next - t, (t + t_next) / 2
         m = free_motion(process, m, t, h / 2, randn)
@@ -327,53 +330,43 @@ def drift(m, h):
 
 @torch.no_grad()
 def ode(
-    process,
-    net,
-    m0,
-    nfe,
-    label=None,
-    rho=1.0,
-    t_end=None,
-    eta=0.0,
-    data_mean=0.0,
-    correct=True,
-    randn=torch.randn_like,
+    process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True, randn=torch.randn_like
 ):
-    """ODE, for few steps: take the noise out of z = kappa x1 + eps, put it back at the next kappa (as DDIM does).
+    """ODE, for few steps: take the noise out of z = kappa x1 + eps and put it back at the next kappa, as DDIM does.
 
-    x1 is taken as linear in lambda, x + slope (lambda - lambda_0), over a step of length h. As d|kappa| ~ e^lambda dlambda,
-    int x1 dkappa = (kappa_next - kappa) (x + c slope), c = h / (1 - e^-h) - 1: second order.
-    Corrector, at no call: the next prediction gives the slope of the step that led to it; the step is redone with it, and
-    the prediction moves with y by the slope dE[x1 | y]/dy = s^2 / (s^2 + sigma^2) that Gaussian data have, s = sigma_data.
-    First node, at no call: at t0 nothing is known, so the prediction is data_mean, a number or (C, ...), or None to ask.
-    eta > 0 renews a part of the noise; eta = 1: as much as the SDE of y. The law stays as the steps go to 0.
-    R = sigma_data sqrt(d) is the length of a sample of d numbers: the first steps fall where all of it emerges from noise.
+    Over a step of length h, x1 is linear in lambda: x_0 + slope (lambda - lambda_0). With d|kappa| ~ e^lambda dlambda,
+    int x1 dkappa = (kappa_next - kappa) (x_0 + c slope), c = h / (1 - e^-h) - 1. Second order, as DPM-Solver++(2M).
+    correct: once the next prediction is there, redo the step with its slope, and let the prediction follow y as that
+    of Gaussian data does, dE[x1 | y]/dy = s^2 / (s^2 + sigma^2), s = sigma_data (after UniPC). It costs no call.
+    data_mean: at t0 nothing is known, so the first prediction is this mean of the data, a number or (C, ...), and costs
+    no call; None: a call. eta > 0 renews a part of the noise; 1: as much as the SDE of y. The law stays as h -> 0.
+    R = sigma_data sqrt(d) is the length of a sample of d numbers: as a whole it emerges early from the noise.
     """
     if not eta >= 0:
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     s, R = process.sigma_data, process.sigma_data * math.sqrt(m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
     z = mix(torch.linalg.inv(process.cholesky(ts[0])), m0)
-    x, slope = prior_mean(process, net, m0, ts[0], label, data_mean), 0.0
+    x, slope = first_prediction(process, net, m0, ts[0], label, data_mean), 0.0
     for t, t_next in pairwise(ts):
         h = float(process.clock(t_next, R) - process.clock(t, R))
         c = h / -math.expm1(-h) - 1
         kappa, kappa_next = process.kappa(t), process.kappa(t_next)
         keep = float(kappa.norm() / kappa_next.norm()) ** eta**2
-        gone = (kappa_next - keep * kappa)[:, None]
+        step = (kappa_next - keep * kappa)[:, None]
         ahead = x + c * slope
-        z = mix(gone, ahead) + keep * z + math.sqrt(1 - keep**2) * (randn(z) if eta else 0)
+        z = mix(step, ahead) + keep * z + math.sqrt(1 - keep**2) * (randn(z) if eta else 0)
         x_next = denoise(process, net, mix(process.cholesky(t_next), z), t_next, label)
         if correct and t_next != ts[-1]:
             shift = x + c * (x_next - x) / h - ahead
-            z = z + mix(gone, shift)
-            x_next = x_next + s**2 * float(kappa_next @ gone) / (1 + s**2 * float(kappa_next @ kappa_next)) * shift
+            z = z + mix(step, shift)
+            x_next = x_next + s**2 * float(kappa_next @ step) / (1 + s**2 * float(kappa_next @ kappa_next)) * shift
         x, slope = x_next, (x_next - x) / h
     return x
 
 
-def prior_mean(process, net, m0, t, label, data_mean):
-    """E[x1] (B, C, ...), or one network call where it is not given."""
+def first_prediction(process, net, m0, t, label, data_mean):
+    """data_mean for each sample (B, C, ...), or, where it is None, a network call."""
     if data_mean is None:
         return denoise(process, net, m0, t, label)
     return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0)
@@ -381,13 +374,13 @@ def prior_mean(process, net, m0, t, label, data_mean):
 
 @torch.no_grad()
 def exponential(process, net, m0, nfe, label=None, multistep=2, rho=1.0, t_end=None, data_mean=None, correct=False):
-    """ODE, the paper's exponential Adams-Bashforth: N = F/s of the last `multistep` (1-4) nodes is extrapolated over the
-    step, x += h v + int (t_next - u) s(u) N(u) du, v += int s(u) N(u) du. The paper has rho = 2 and t_end = .4, .7, .9 for
-    nfe 5, 10, 20. data_mean, correct: as in `ode`; the corrector interpolates N through the new node too."""
+    """ODE, the paper's exponential Adams-Bashforth: N = F/s of the last `multistep` (1-4) nodes is extrapolated over
+    the step, x += h v + int (t_next - u) s(u) N(u) du, v += int s(u) N(u) du. The paper: rho = 2, t_end = .4, .7, .9
+    for nfe 5, 10, 20. data_mean, correct: as in `ode`; corrected, N is interpolated through the new node too."""
     if multistep not in (1, 2, 3, 4):
         raise ValueError(f"multistep must be 1, 2, 3 or 4, got {multistep}")
     flow, ts = replace(process, sde=False), times(process, nfe, rho, t_end, extra=data_mean is not None)
-    x, m, past = prior_mean(process, net, m0, ts[0], label, data_mean), m0, []  # past: (t, N) of the last nodes
+    x, m, past = first_prediction(process, net, m0, ts[0], label, data_mean), m0, []  # past: (t, N) of the last nodes
     for t, t_next in pairwise(ts):
         past = [*past, (t, acceleration(flow, x, m, t) / float(scale(flow, t)))][-multistep:]
         before, m = m, advance(flow, m, past, t, t_next)
@@ -403,7 +396,7 @@ def exponential(process, net, m0, nfe, label=None, multistep=2, rho=1.0, t_end=N
 
 
 def advance(flow, m, nodes, t, t_next):
-    """The state at t_next: N through `nodes`, pairs of a time and an N, by Lagrange, the integrals by Gauss-Legendre."""
+    """The state at t_next: N by Lagrange through `nodes`, pairs (time, N), the integrals by Gauss-Legendre."""
     u, du = gauss_legendre(t, t_next)
     m, s = drift(m, t_next - t), scale(flow, u)
     for i, (_, N) in enumerate(nodes):

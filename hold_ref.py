@@ -1,35 +1,36 @@
 """HOLD, high-order Langevin dynamics, in one file: process -> target and loss -> denoiser -> samplers -> likelihood.
 
-"Generative Modelling with High-Order Langevin Dynamics", Shi & Liu, 2024, arXiv 2404.12814. The authors published no code:
-the defaults are ours. Order n = 1 is the OU (VP) process, 2 is critically damped Langevin dynamics (CLD), 3 is HOLD.
+"Generative Modelling with High-Order Langevin Dynamics", Shi & Liu, 2024, arXiv 2404.12814. The authors published no
+code: the defaults are ours. Order n = 1 is the OU (VP) process, 2 is critically damped Langevin (CLD), 3 is HOLD.
 
-1. The process. The data q drive a chain of auxiliary blocks, m = (q, p, s, ...), and noise enters the last block only:
+1. The process. The data q drive a chain of auxiliary blocks, m = (q, p, s, ...); noise enters the last block only:
 
     dm = F m dt + sqrt(2 xi L_inv) e_n dW,    F = sum_i gamma_i (E_{i,i+1} - E_{i+1,i}) - xi E_{nn}
     from m = (x, N(0, alpha L_inv), ...) at t = 0 to N(0, L_inv I) at T, stationary as F + F^T = -2 xi E_{nn}
 
 Critical damping, the default: gamma and xi for which all eigenvalues of F are lam = -sqrt(2n - 3) (n = 1: -1). Then
 (F - lam I)^n = 0, and exp(F t) = e^{lam t} sum_{k<n} (F - lam I)^k t^k / k! is a finite sum.
-Given x the state is Gaussian: m = mean x + L eps, eps ~ N(0, I), with mean = exp(F t) e_1 and, as L_inv I is stationary,
-L L^T = L_inv I + exp(F t) (S0 - L_inv I) exp(F t)^T, S0 = cov(0).
+Given x the state is Gaussian: m = mean x + L eps, eps ~ N(0, I), with mean = exp(F t) e_1 and, as L_inv I is
+stationary, L L^T = L_inv I + exp(F t) (S0 - L_inv I) exp(F t)^T, S0 = cov(0).
 
-2. The target is eps_n, the noise of the last block (BCSM): the reverse SDE needs the score of that block only, and it is
--eps_n / L_nn. Regression on m gives E[eps_n | m], and as eps_n = w . m - kappa_n x, this is a prediction of x, and back.
+2. The target is eps_n, the noise of the last block (BCSM): the reverse SDE needs the score of that block only, and it
+is -eps_n / L_nn. Regression on m gives E[eps_n | m], and as eps_n = w . m - kappa_n x this is a prediction of x, and
+back.
 
-3. A denoiser will do. y = mean^T cov^-1 m / SNR, SNR = mean^T cov^-1 mean, is a sufficient statistic: m depends on x only
-through it. As y = x + sigma noise, sigma = SNR^-1/2, E[x | m] = E[x | y], which one network gives for every process.
+3. A denoiser will do. y = mean^T cov^-1 m / SNR, SNR = mean^T cov^-1 mean, is a sufficient statistic: m depends on x
+only through it. It is x + sigma noise, sigma = SNR^-1/2, so E[x | m] = E[x | y]: one network serves every process.
 
-4. Samplers, t falling. To reverse dm, its drift F m becomes -F m + 2 xi L_inv e_n grad_n log p, and -F = F^T + 2 xi E_{nn}:
+4. Samplers, t falling. Reversed, the drift F m becomes -F m + 2 xi L_inv e_n grad_n log p, and -F = F^T + 2 xi E_{nn}:
 
     SDE    dm = (F^T m + 2 xi e_n f) |dt| + sqrt(2 xi L_inv) e_n dW,    f = m_n + L_inv grad_n log p(m)
-    ODE    dz = E[x | m] dkappa    in    z = L^-1 m = kappa x + eps: the noise eps stands still, averaged over x
+    ODE    dz = E[x | m] dkappa    in    z = L^-1 m = kappa x + eps: given x the noise eps stands still
 
-The ODE has the SDE's marginals. For n = 1 it is the probability flow; for n > 1 it differs from it by a rotation of eps.
+The ODE has the SDE's marginals. It is the probability flow for n = 1, and for n > 1 up to a rotation of eps.
 
     symbol     here           shape         meaning
-    m          m              (B, nC, ...)  state cat(q, p, ...); x has (B, C, ...), images in [-1, 1], points of unit scale
+    m          m              (B, nC, ...)  state cat(q, p, ...); x has (B, C, ...), images in [-1, 1], points about 1
     gamma, xi  damping        (n - 1,), ()  rotation speeds, friction
-    L_inv                     ()            prior variance of every block; alpha L_inv is that of the auxiliaries at t = 0
+    L_inv      HOLD.L_inv     ()            prior variance of every block; alpha L_inv: of the auxiliaries at t = 0
     F          drift()        (n, n)        drift matrix; transition(t) is exp(F t)
     mu         mean(t)        (..., n)      mean of the blocks per unit of x
     Sigma, L   cov, cholesky  (..., n, n)   covariance of the blocks given x, and its lower factor
@@ -57,10 +58,10 @@ import torch
 
 @dataclass(frozen=True)
 class HOLD:
-    """The forward process; HOLD() has order 3 at critical damping. Times are numbers or tensors of any shape (...), >= 0.
+    """The forward process; HOLD() has order 3 at critical damping. Times are numbers or tensors of any shape, >= 0.
 
-    snr_max: training and sampling stop at noise of std .005 on the data, below one 8-bit grey level (2/255), which the last
-    prediction takes away. There `cholesky` is right to 1e-9 at every order allowed (6e-14 at 6, 2e-11 at 8).
+    snr_max: training and sampling stop at noise of std .005 on the data, below one 8-bit grey level (2/255), which the
+    last prediction takes away. From there on `cholesky` is right to 1e-9 at every order allowed.
     """
 
     order: int = 3  # n, blocks of the state, 1 to 8
@@ -194,7 +195,7 @@ class HOLD:
         return self.kappa(t).square().sum(-1)
 
     def clock(self, t, R=R):
-        """(...): lambda = log(1 + R sqrt(SNR)): even in sqrt(SNR) while that is below 1/R, then even in its logarithm."""
+        """(...): lambda = log(1 + R sqrt(SNR)), about R sqrt(SNR) below 1/R and its logarithm above."""
         return torch.log1p(R * self.snr(t).sqrt())
 
     def time(self, clock, R=R):
@@ -216,7 +217,7 @@ class HOLD:
         return self.time_of_snr(self.snr_max)
 
     def time_of_snr(self, snr):
-        """t (a float) at which the SNR is `snr`, by bisection in log t between 1e-12 and T, doubled until it is beyond."""
+        """t (a float) at which the SNR is `snr`, by bisection in log t from 1e-12 to T, doubled until it is beyond."""
         low, high = math.log(1e-12), math.log(self.T)
         while self.snr(math.exp(high)) > snr:
             high += math.log(2)
@@ -239,7 +240,7 @@ def lower(A):
 
 
 def mix(A, m):
-    """Linear combinations of blocks: A (i, j) or (B, i, j) on m (B, j C, ...) -> (B, i C, ...), in m's dtype and device.
+    """Linear combinations of blocks: A (i, j) or (B, i, j) on m (B, j C, ...) -> (B, i C, ...), m's dtype and device.
     A product and a sum, not a matmul, so that neither autocast nor TF32 rounds the coefficients."""
     blocks = m.reshape(len(m), 1, A.shape[-1], -1)
     return (A.to(blocks)[..., None] * blocks).sum(-2).reshape(len(m), -1, *m.shape[2:])
@@ -280,11 +281,11 @@ def training_pair(process, x, t, eps):
 
 
 def loss(process, net, x, label=None):
-    """The paper's (BCSM), E|net(m, t) - eps_n|^2 per dimension, t even in lambda on [t_min, T]; x (B, C, ...) of unit scale.
+    """The paper's (BCSM), E|net(m, t) - eps_n|^2 per dimension, t even in lambda on [t_min, T]; x (B, C, ...).
 
-    The denoiser minimises the same, with eps_theta = z_n - kappa_n D: then |eps_theta - eps_n|^2 = kappa_n^2 |D - x|^2. Only
-    the weight and the density of the noise levels are others (`denoiser_loss`), and y is drawn in place of m, as D sees no
-    more.
+    The denoiser minimises the same, with eps_theta = w . m - kappa_n D: |eps_theta - eps_n|^2 = kappa_n^2 |D - x|^2.
+    Only the weight and the density of the noise levels differ (`denoiser_loss`), and y is drawn in place of m, as D
+    sees no more.
     """
     if process.param == "denoiser":
         return denoiser_loss(process, net, x, label)
@@ -341,17 +342,17 @@ def denoise(process, net, m, t, label=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Samplers: m0 (B, n C, ...) from the prior -> x (B, C, ...), with exactly nfe network calls and without gradients; the
+# 4. Samplers: m0 (B, n C, ...) from the prior -> x (B, C, ...), with exactly nfe network calls and no gradients; the
 # result is the last call's prediction. All take their force from the prediction of x, so any network serves them all.
 # rho and t_end shape the grid of times, randn(x) draws unit noise shaped like x, label goes to the network.
-# They end in the law of the last prediction, not in the data's: a mode of standard deviation s keeps the share
+# They end in the law of that prediction, not in the data's: a mode of standard deviation s keeps the share
 # s^2 / (s^2 + sigma^2) of its variance, sigma the noise at the last call.
 
 
 def times(process, nfe, rho, t_end, R=HOLD.R, extra=0):
     """nfe + extra times (a list) from T down to t_end, even in lambda^(1/rho): in t, a high order would skip low noise.
 
-    t_end None: where y has noise of standard deviation 1/(3 nfe). Errors: ValueError for nfe, rho or t_end out of range.
+    t_end None: where y has noise of standard deviation 1/(3 nfe). ValueError for nfe, rho or t_end out of range.
     """
     if nfe < 1:
         raise ValueError(f"nfe counts network calls and must be at least 1, got {nfe}")
@@ -397,7 +398,7 @@ def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.r
 
     The force depends on the block it kicks, so x is asked for half-way through the kick, where the x of the step before
     takes us: without that the scheme (CLD's SSCS) has weak order 1, with it 2, at the same one call a step. On Gaussian
-    data at order 2 it is closer than `lie` from about 300 calls on. t_end ends the last step, whose call is at its middle.
+    data and at order 2 it beats `lie` only from about 300 calls on. t_end ends the last step; its call is at mid-step.
     """
     m, x = m0, None
     for t, t_next in pairwise(times(process, nfe, rho, t_end, extra=1)):
@@ -410,8 +411,8 @@ def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.r
 
 
 def linear_flow(process, m, h, randn):
-    """dm = F^T m |dt| + sqrt(2 xi L_inv) e_n dW over h, drawn exactly. F^T is F with every other block's sign changed, so
-    its noise is the forward process's with those signs."""
+    """dm = F^T m |dt| + sqrt(2 xi L_inv) e_n dW over h, drawn exactly. F^T is F with every other block's sign changed,
+    so its noise is the forward process's with those signs."""
     sign = (-1.0) ** torch.arange(process.n, dtype=torch.float64)[:, None]
     return mix(process.transition(h).mT, m) + mix(sign * lower(process.diffusion(h)), randn(m))
 
@@ -433,53 +434,43 @@ def kick(process, x, m, t, h):
 
 @torch.no_grad()
 def ode(
-    process,
-    net,
-    m0,
-    nfe,
-    label=None,
-    rho=1.0,
-    t_end=None,
-    eta=0.0,
-    data_mean=0.0,
-    correct=True,
-    randn=torch.randn_like,
+    process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True, randn=torch.randn_like
 ):
-    """ODE, for few steps: take the noise out of z = kappa x + eps, put it back at the next kappa (as DDIM does).
+    """ODE, for few steps: take the noise out of z = kappa x + eps and put it back at the next kappa, as DDIM does.
 
-    x is taken as linear in lambda, x + slope (lambda - lambda_0), over a step of length h. As d|kappa| ~ e^lambda dlambda,
-    int x dkappa = (kappa_next - kappa) (x + c slope), c = h / (1 - e^-h) - 1: second order.
-    Corrector, at no call: the next prediction gives the slope of the step that led to it; the step is redone with it, and
-    the prediction moves with y by the slope dE[x | y]/dy = s^2 / (s^2 + sigma^2) that Gaussian data have, s = sigma_data.
-    First node, at no call: at T nothing is known, so the prediction is data_mean, a number or (C, ...), or None to ask.
-    eta > 0 renews a part of the noise; eta = 1: as much as the SDE of y. The law stays as the steps go to 0.
-    R = sigma_data sqrt(d) is the length of a sample of d numbers: the first steps fall where all of it emerges from noise.
+    Over a step of length h, x is linear in lambda: x_0 + slope (lambda - lambda_0). With d|kappa| ~ e^lambda dlambda,
+    int x dkappa = (kappa_next - kappa) (x_0 + c slope), c = h / (1 - e^-h) - 1. Second order, as DPM-Solver++(2M).
+    correct: once the next prediction is there, redo the step with its slope, and let the prediction follow y as that
+    of Gaussian data does, dE[x | y]/dy = s^2 / (s^2 + sigma^2), s = sigma_data (after UniPC). It costs no call.
+    data_mean: at T nothing is known, so the first prediction is this mean of the data, a number or (C, ...), and costs
+    no call; None: a call. eta > 0 renews a part of the noise; 1: as much as the SDE of y. The law stays as h -> 0.
+    R = sigma_data sqrt(d) is the length of a sample of d numbers: as a whole it emerges early from the noise.
     """
     if not eta >= 0:
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     s, R = process.sigma_data, process.sigma_data * math.sqrt(m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
     z = mix(torch.linalg.inv(process.cholesky(ts[0])), m0)
-    x, slope = prior_mean(process, net, m0, ts[0], label, data_mean), 0.0
+    x, slope = first_prediction(process, net, m0, ts[0], label, data_mean), 0.0
     for t, t_next in pairwise(ts):
         h = float(process.clock(t_next, R) - process.clock(t, R))
         c = h / -math.expm1(-h) - 1
         kappa, kappa_next = process.kappa(t), process.kappa(t_next)
         keep = float(kappa.norm() / kappa_next.norm()) ** eta**2
-        gone = (kappa_next - keep * kappa)[:, None]
+        step = (kappa_next - keep * kappa)[:, None]
         ahead = x + c * slope
-        z = mix(gone, ahead) + keep * z + math.sqrt(1 - keep**2) * (randn(z) if eta else 0)
+        z = mix(step, ahead) + keep * z + math.sqrt(1 - keep**2) * (randn(z) if eta else 0)
         x_next = denoise(process, net, mix(process.cholesky(t_next), z), t_next, label)
         if correct and t_next != ts[-1]:
             shift = x + c * (x_next - x) / h - ahead
-            z = z + mix(gone, shift)
-            x_next = x_next + s**2 * float(kappa_next @ gone) / (1 + s**2 * float(kappa_next @ kappa_next)) * shift
+            z = z + mix(step, shift)
+            x_next = x_next + s**2 * float(kappa_next @ step) / (1 + s**2 * float(kappa_next @ kappa_next)) * shift
         x, slope = x_next, (x_next - x) / h
     return x
 
 
-def prior_mean(process, net, m0, t, label, data_mean):
-    """E[x] (B, C, ...), or one network call where it is not given."""
+def first_prediction(process, net, m0, t, label, data_mean):
+    """data_mean for each sample (B, C, ...), or, where it is None, a network call."""
     if data_mean is None:
         return denoise(process, net, m0, t, label)
     return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0)
@@ -564,7 +555,7 @@ def dormand_prince(field, y, s, s_end, tol):
             raise ValueError(f"the flow is not finite at t = {math.exp(s):.3g}: check the network and the scale of x")
         if h < shortest and s + h < s_end:
             raise ValueError(
-                f"tol={tol:g} asks for steps under {shortest:.1g} in log t, more than {y.dtype} resolves: raise it"
+                f"tol={tol:g} asks for steps under {shortest:.1g} in log t, finer than {y.dtype}: raise it"
             )
         s, y, k = (s + h, new, k[-1:]) if error <= 1 else (s, y, k[:1])  # the last call is the next step's first
         h *= min(5.0, max(0.2, 0.9 * max(error, 1e-9) ** -0.2))

@@ -6,8 +6,8 @@
     cifar10                            CIFAR-10, 32x32 colour, the official binary archive
     FILE.npy, FILE.npz                 uint8 images (N, H, W) or (N, H, W, C), or float points (N, D)
 
-Everything a data set holds stays in its own units (uint8 pixels, points as given); `batch` converts to what a network
-sees and `to_pixels`/`restore` convert back. No workers: a batch is one indexing operation on the training device.
+Images stay uint8 and `batch` converts them to [-1, 1]; points are centred and scaled once, in float64, when they are
+read; `to_pixels` and `to_points` convert back. No workers: a batch is one indexing operation on the training device.
 
 digits is the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, UCI Machine
 Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0), taken from scikit-learn's `load_digits`; the
@@ -18,13 +18,16 @@ import difflib
 import gzip
 import hashlib
 import http.client
+import io
 import math
 import os
+import secrets
 import struct
 import sys
 import tarfile
 import urllib.error
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,28 +43,63 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170,0
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
 CIFAR10_TEST = "test_batch.bin"
+LIMIT = 200 * 10**6  # bytes: no data set that is read compressed or from the internet is larger
 
 
-class DataError(Exception):
-    """A mistake of the user or a broken file: one line that names the cause and the fix."""
+class UserError(Exception):
+    """A mistake of the user, a broken file, a full disk: one line that names the cause and the fix."""
 
 
 def why(error):
     """The text of an exception on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def lock(file):
+    """Whether the open file is now this process's alone: until it is closed, or the process ends, however it ends."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows and some network file systems have no such locks
+        pass
+    return True
+
+
+def write_files(files):
+    """Write {path: bytes or function(file)}, all or none: under temporary names of their own first, then renamed."""
+    temporary, path = {}, None
+    try:
+        for path, content in files.items():
+            temporary[path] = f"{path}.{secrets.token_hex(4)}.tmp"
+            with open(temporary[path], "xb") as file:
+                content(file) if callable(content) else file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, name in temporary.items():
+            os.replace(name, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
+        done = [str(p) for p, name in temporary.items() if p != path and not os.path.exists(name)]
+        kept = f"; wrote {', '.join(done)}" if done else "; nothing was written"
+        raise UserError(f"cannot write {path} ({why(error)}){kept}: make room, or choose another folder") from None
+    finally:
+        for name in temporary.values():
+            Path(name).unlink(missing_ok=True)
 
 
 @dataclass
 class Dataset:
     name: str
-    train: torch.Tensor  # uint8 (N, C, H, W) or float32 (N, D)
+    train: torch.Tensor  # uint8 (N, C, H, W), or float32 (N, D) in network units
     test: torch.Tensor  # held out, the same kind; may be empty for small files
     train_labels: torch.Tensor | None = None  # int64 (N,)
     test_labels: torch.Tensor | None = None
     draw: Callable | None = None  # n -> fresh points (n, D)
     flip: bool = False  # mirror half of the training images
-    shift: torch.Tensor | float = 0.0  # network units = (points - shift) / scale
-    scale: float = 1.0
+    shift: torch.Tensor | float = 0.0  # points as given = shift + scale * points in network units; float64
+    scale: float = 1.0  # one number for all axes keeps the shape of the data
 
     @property
     def shape(self):
@@ -69,24 +107,50 @@ class Dataset:
         return tuple(self.train.shape[1:])
 
     @property
-    def bound(self):
-        """The largest |value| that a network may meet in the data."""
-        return 1.0 if self.is_image else 1.1 * float(((self.train - self.shift) / self.scale).abs().max())
-
-    @property
-    def std(self):
-        """The standard deviation of what a network meets, over samples and dimensions."""
-        some = self.train[:10000]
-        some = some.float() / 127.5 if self.is_image else (some - self.shift) / self.scale
-        return float(some.std(correction=0)) or 1.0
-
-    @property
     def is_image(self):
         return self.train.dtype == torch.uint8
 
+    @property
+    def bound(self):
+        """The largest |value| that a network may meet in the data."""
+        return 1.0 if self.is_image else 1.1 * max(-float(self.train.min()), float(self.train.max()))
+
+    @property
+    def parts(self):
+        """The training samples, some megabytes at a time."""
+        return self.train.split(max(1, 2**21 // self.train[0].numel()))
+
+    @property
+    def mean(self):
+        """The mean of what a network meets: float32 (C, H, W), exact over all training images; 0.0 for points."""
+        if not self.is_image:
+            return 0.0
+        total = sum(part.sum(0, dtype=torch.int64) for part in self.parts)
+        return (total.double() / (127.5 * len(self.train)) - 1).float()
+
+    @property
+    def std(self):
+        """The standard deviation of what a network meets, over all training samples and dimensions."""
+        if not self.is_image:
+            first, second = (
+                sum(float(p.double().pow(k).sum()) for p in self.parts) / self.train.numel() for k in (1, 2)
+            )
+            return math.sqrt(second - first**2)
+        count = sum(part.flatten().bincount(minlength=256).cpu() for part in self.parts).double()
+        value = torch.arange(256).double() / 127.5
+        centred = value - (count * value).sum() / count.sum()
+        return float(((count * centred**2).sum() / count.sum()).sqrt())
+
+    def summary(self):
+        """What a checkpoint keeps of its data: what sampling needs, and what tells them from other data."""
+        units = {"shift": torch.as_tensor(self.shift).tolist(), "scale": self.scale, "shape": list(self.shape)}
+        some = self.train[:: max(1, len(self.train) // 10_000)]
+        window = None if self.is_image else extent(self.to_points(some))
+        return {**units, "bound": self.bound, "std": self.std, "data_mean": self.mean, "window": window}
+
     def to(self, device):
         tensors = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors)
+        return replace(self, **tensors, shift=self.shift)  # float64, which not every device has
 
     def batch(self, n):
         """x (n, C, H, W) in [-1, 1] or (n, D) of unit scale, float32, and its labels (n,) or None, with replacement.
@@ -95,13 +159,12 @@ class Dataset:
         """
         device, label = self.train.device, None
         if self.draw:
-            x = self.draw(n).to(device)
-        else:
-            index = torch.randint(len(self.train), (n,)).to(device)
-            x = self.train[index]
-            label = None if self.train_labels is None else self.train_labels[index]
+            return self.draw(n).to(device), None
+        index = torch.randint(len(self.train), (n,)).to(device)
+        x = self.train[index]
+        label = None if self.train_labels is None else self.train_labels[index]
         if not self.is_image:
-            return (x - self.shift) / self.scale, label
+            return x, label
         if self.flip:
             mirrored = (torch.rand(n) < 0.5).to(device)
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
@@ -113,9 +176,18 @@ class Dataset:
         pixels = ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
-    def restore(self, x):
-        """Points (B, D) in network units -> float32 numpy (B, D) in the units of the data."""
-        return (x.detach().float() * self.scale + self.shift).cpu().numpy()
+    def to_points(self, x):
+        """Points (B, D) in network units -> numpy (B, D) in the units of the data."""
+        return in_units(x, self.shift, self.scale)
+
+
+def in_units(x, shift, scale):
+    """Points (B, D) in network units -> shift + scale x, worked out in float64: numpy (B, D), float32 unless that would
+    round a number by more than 1e-4 scale."""
+    points = (x.detach().cpu().double() * scale + torch.as_tensor(shift, dtype=torch.float64)).numpy()
+    with np.errstate(over="ignore"):
+        short = points.astype(np.float32)
+    return short if np.abs(short - points).max(initial=0) <= 1e-4 * scale else points
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +223,8 @@ def moons(n, generator=None):
 
 
 POINTS = {"gmm": gmm, "spiral": spiral, "checkerboard": checkerboard, "moons": moons}
-NAMES = [*POINTS, "digits", "fashion", "cifar10"]
+SHAPES = {**dict.fromkeys(POINTS, (2,)), "digits": (1, 8, 8), "fashion": (1, 28, 28), "cifar10": (3, 32, 32)}
+NAMES = list(SHAPES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +232,7 @@ NAMES = [*POINTS, "digits", "fashion", "cifar10"]
 
 
 def load(name, data_dir=None, flip=None):
-    """Data set `name` of NAMES, or the .npy/.npz file of that path, on the CPU. DataError says what to do otherwise.
+    """Data set `name` of NAMES, or the .npy/.npz file of that path, on the CPU. UserError says what to do otherwise.
 
     data_dir: where fashion and cifar10 live (cifar10: folder or archive). flip: overrides the data set's own choice.
     """
@@ -173,18 +246,30 @@ def load(name, data_dir=None, flip=None):
         dataset = fashion(data_dir)
     elif name == "cifar10":
         dataset = cifar10(data_dir)
-    elif name.endswith((".npy", ".npz")):
-        dataset = array_file(Path(name).expanduser(), Path(name).stem)
     else:
+        dataset = array_file(array_path(name), Path(name).stem)
+    return dataset if flip is None else replace(dataset, flip=flip)
+
+
+def shape_of(name):
+    """Shape of one sample, (C, H, W) or (D,), of the data set or the file of that name."""
+    if name in SHAPES:
+        return SHAPES[name]
+    _, *size = as_samples(array_path(name), read_array(array_path(name))[0]).shape
+    return (size[2], *size[:2]) if len(size) == 3 else tuple(size)
+
+
+def array_path(name):
+    if not name.endswith((".npy", ".npz")):
         near = difflib.get_close_matches(name.lower(), NAMES, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise DataError(f"no data set {name!r}{hint}: give one of {', '.join(NAMES)}, or an .npy/.npz file")
-    return dataset if flip is None else replace(dataset, flip=flip)
+        raise UserError(f"no data set {name!r}{hint}: give one of {', '.join(NAMES)}, or an .npy/.npz file")
+    return Path(name).expanduser()
 
 
 def image_tensor(nhwc):
     """uint8 numpy (N, H, W, C) -> contiguous uint8 tensor (N, C, H, W)."""
-    return torch.from_numpy(nhwc.transpose(0, 3, 1, 2).copy())
+    return torch.from_numpy(np.ascontiguousarray(nhwc.transpose(0, 3, 1, 2)))
 
 
 def label_tensor(labels):
@@ -192,57 +277,125 @@ def label_tensor(labels):
 
 
 def array_file(path, name):
-    """An .npy or .npz file. Every fifth sample is held out; no flips, as nothing says that a mirror image is data."""
+    """An .npy or .npz file. A fifth of the samples, drawn at random but always the same, is held out (of the digits
+    every fifth); no flips, as nothing says that a mirror image is data."""
     array, labels = read_array(path)
-    if array.size == 0:
-        raise DataError(f"{path} holds an empty array of shape {array.shape}: give at least one sample")
-    is_image = array.dtype == np.uint8
-    if is_image and array.ndim == 3:
-        array = array[..., None]
-    if is_image and (array.ndim != 4 or array.shape[-1] not in (1, 3)):
-        raise DataError(f"{path} has uint8 shape {array.shape}: images must be (N, H, W) or (N, H, W, C) with C 1 or 3")
-    if not is_image and array.dtype.kind != "f":
-        raise DataError(f"{path} has dtype {array.dtype}: convert images to uint8 (0..255), points to float32")
-    if not is_image and array.ndim in (3, 4):
-        raise DataError(f"{path} has float images {array.shape}: convert them to uint8 (0..255)")
-    if not is_image and (array.ndim != 2 or array.shape[1] < 2):
-        raise DataError(f"{path} has float shape {array.shape}: points must be (N, D) with D at least 2")
-    if labels is not None and (labels.shape != array.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise DataError(f"{path} has bad labels: they must be {len(array)} integers >= 0, one for each sample")
+    array = as_samples(path, array)
+    n, form = len(array), labels is not None and (labels.shape, labels.dtype.kind)
+    if form and (form[0] != (n,) or form[1] not in "iu" or not 0 <= labels.min() <= labels.max() < 2**31):
+        raise UserError(f"{path} has bad labels: they must be {n} integers >= 0, one for each sample")
+    held_out = np.zeros(n, bool)
+    held_out[np.arange(4, n, 5) if name == "digits" else np.random.default_rng(0).permutation(n)[: n // 5]] = True
+    rows = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
+    both = [None, None] if labels is None else [label_tensor(labels[r]) for r in rows]
+    if array.dtype == np.uint8:
+        check_levels(path, array)
+        return Dataset(
+            name, *(gather(array, r, lambda part: part.transpose(0, 3, 1, 2), np.uint8) for r in rows), *both
+        )
 
-    held_out = np.arange(len(array)) % 5 == 4
-    train_labels = None if labels is None else label_tensor(labels[~held_out])
-    test_labels = None if labels is None else label_tensor(labels[held_out])
-    if is_image:
-        x = image_tensor(array)
-        return Dataset(name, x[~held_out], x[held_out], train_labels, test_labels)
-    with np.errstate(over="ignore"):  # what overflows float32 is caught as an infinity
-        x = torch.from_numpy(array.astype(np.float32))
-    if not x.isfinite().all():
-        raise DataError(f"{path} has values that are not finite in float32: remove the rows with NaN or infinity")
-    train = x[~held_out]
-    shift = train.double().mean(0)
-    scale = float((train - shift).square().mean().sqrt())  # one number for all axes keeps the shape of the data
+    shift, scale = standard(path, array, rows[0])
+    train, test = (gather(array, r, lambda part: (part.astype(np.float64) - shift) / scale, np.float32) for r in rows)
+    return Dataset(name, train, test, *both, shift=torch.from_numpy(shift), scale=scale)
+
+
+def as_samples(path, array):
+    """The array as uint8 images (N, H, W, C) or float points (N, D). UserError where it is neither, or could be both
+    one thing and another."""
+    kind, shape = array.dtype.kind, array.shape
+    if array.size == 0:
+        raise UserError(f"{path} holds an empty array of shape {shape}: give at least one sample")
+    if kind != "f" and array.dtype != np.uint8:
+        raise UserError(f"{path} has dtype {array.dtype}: convert images to uint8 (0..255), points to float32")
+    if kind == "f" and array.ndim in (3, 4):
+        raise UserError(f"{path} has float images {shape}: convert them to uint8 (0..255)")
+    if kind == "f" and array.ndim != 2:
+        raise UserError(f"{path} has float shape {shape}: points must be (N, D); reshape(-1, 1) makes numbers points")
+    if kind == "f":
+        return array
+    if array.ndim == 3 and (shape[2] in (1, 3) or shape[1] > shape[2] == 4):
+        raise UserError(f"{path} has uint8 shape {shape}, which may be one picture or many: give (N, H, W, C)")
+    if array.ndim not in (3, 4) or (array.ndim == 4 and shape[3] not in (1, 3)):
+        raise UserError(f"{path} has uint8 shape {shape}: images must be (N, H, W) or (N, H, W, C) with C 1 or 3")
+    return array[..., None] if array.ndim == 3 else array
+
+
+def check_levels(path, images):
+    low, high = int(images.min()), int(images.max())
+    if low == high or high == 1:
+        raise UserError(
+            f"{path} has uint8 images of values {low} to {high}: pixels run from 0 to 255, multiply masks by 255"
+        )
+    if high < 64:
+        warnings.warn(f"{path}: the largest pixel is {high}, taken as dark, for white is 255", stacklevel=2)
+
+
+def standard(path, points, rows):
+    """Mean (D,) and scale of those rows, in float64 and in parts: float32 would lose what lies far from 0."""
+
+    def mean(change):
+        return sum(change(part).sum(0) for part in parts(points, rows)) / len(rows)
+
+    with np.errstate(all="ignore"):  # what overflows is caught as an infinity
+        shift = mean(lambda part: part.astype(np.float64))
+        spread = np.sqrt(mean(lambda part: np.square(part.astype(np.float64) - shift)))  # of each axis
+        scale = float(np.sqrt(np.square(spread).mean()))
+    if not math.isfinite(scale) or not all(np.isfinite(part).all() for part in parts(points)):
+        raise UserError(f"{path} has values that are not finite, or too large: remove the rows with NaN or infinity")
     if scale == 0:
-        raise DataError(f"{path} holds {len(train)} equal points: there is nothing to learn, give points that differ")
-    return Dataset(name, train, x[held_out], train_labels, test_labels, shift=shift.float(), scale=scale)
+        raise UserError(f"{path} holds {len(rows)} equal points: there is nothing to learn, give points that differ")
+    if spread.min() < spread.max() / 100:
+        narrow = (
+            f"axis {spread.argmin()} spreads over {spread.min():.3g}, axis {spread.argmax()} over {spread.max():.3g}"
+        )
+        warnings.warn(f"{path}: {narrow}, and one scale serves all: rescale the axes if both matter", stacklevel=2)
+    if len(points) < points.shape[1]:
+        warnings.warn(f"{path}: taken as {len(points)} points of {points.shape[1]} numbers each", stacklevel=2)
+    return shift, scale
+
+
+def parts(array, rows=None):
+    """array[rows], or all of it, some megabytes at a time."""
+    step = max(1, 2**21 // array[0].size)
+    for i in range(0, len(array if rows is None else rows), step):
+        yield array[i : i + step] if rows is None else array[rows[i : i + step]]
+
+
+def gather(array, rows, change, dtype):
+    """change(array[rows]) as a tensor, made in parts: a large array is never copied twice."""
+    out, i = np.empty((len(rows), *change(array[:1]).shape[1:]), dtype), 0
+    for part in parts(array, rows):
+        out[i : i + len(part)] = change(part)
+        i += len(part)
+    return torch.from_numpy(out)
 
 
 def read_array(path):
-    """The samples of an .npy/.npz file, and its `labels` or None. Never unpickles."""
+    """The samples of an .npy/.npz file, and its `labels` or None. Never unpickles, never guesses."""
     if not path.is_file():
-        raise DataError(f"no file {path}: give the path of an existing .npy or .npz file")
+        raise UserError(f"no file {path}: give the path of an existing .npy or .npz file")
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 return loaded, None
-            keys = [key for key in ("arr_0", "images", "x", *loaded) if key in loaded and key != "labels"]
-            array, labels = loaded[keys[0]] if keys else np.empty(0), loaded.get("labels")
+            names = [key for key in loaded.files if key != "labels"]
+            known = {"images", "x"} if "arr_1" in names else {"images", "x", "arr_0"}
+            chosen = names if len(names) == 1 else [key for key in names if key in known]
+            array = loaded[chosen[0]] if len(chosen) == 1 else np.empty(0)
+            labels = loaded["labels"] if "labels" in loaded.files else None
+    except MemoryError:
+        raise
     except Exception as error:  # numpy and zipfile raise a dozen kinds; all mean the same here
-        raise DataError(f"cannot read {path} ({why(error)}): write it again with numpy.save or numpy.savez") from None
+        raise UserError(f"cannot read {path} ({why(error)}): write it again with numpy.save or numpy.savez") from None
+    if len(chosen) != 1 and names:
+        raise UserError(
+            f"{path} holds {', '.join(names)[:200]}: call the samples images or x, and their classes labels"
+        )
     if not all(isinstance(a, np.ndarray) for a in (array, labels) if a is not None):
-        raise DataError(f"{path} is a zip of other files than arrays: write it with numpy.savez")
+        raise UserError(f"{path} is a zip of other files than arrays: write it with numpy.savez")
+    if len(names) > 1:
+        warnings.warn(f"{path}: the samples are {chosen[0]}; the other arrays are not used", stacklevel=2)
     return array, labels
 
 
@@ -254,7 +407,7 @@ def fashion(data_dir):
         images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)
         labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1)
         if len(images) != len(labels):
-            raise DataError(f"{folder} has {len(images)} {part} images but {len(labels)} labels: fetch the files again")
+            raise UserError(f"{folder} has {len(images)} {part} images but {len(labels)} labels: fetch the files again")
         parts.append((image_tensor(images[..., None]), label_tensor(labels)))
     (train, train_labels), (test, test_labels) = parts
     return Dataset("fashion", train, test, train_labels, test_labels)
@@ -263,17 +416,26 @@ def fashion(data_dir):
 def read_idx(path, ndim):
     """IDX of bytes, gzipped: big-endian magic 0x0800 + ndim, ndim sizes, data -> uint8 array of ndim axes."""
     if not path.is_file():
-        raise DataError(f"no {path}: apt-get install dataset-fashion-mnist, or get {FASHION_URL} and give --data-dir")
+        raise UserError(f"no {path}: apt-get install dataset-fashion-mnist, or get {FASHION_URL} and give --data-dir")
+    content = gunzip(path, "fetch it again")
+    if len(content) < 4 + 4 * ndim:
+        raise UserError(f"{path} is damaged ({len(content)} bytes): fetch it again")
+    (magic, *sizes), body = struct.unpack_from(f">{1 + ndim}I", content), content[4 + 4 * ndim :]
+    if magic != 0x0800 + ndim or len(body) != math.prod(sizes) or not body:
+        raise UserError(f"{path} is no IDX file of {ndim} axes (magic {magic}, sizes {sizes}): fetch it again")
+    return np.frombuffer(body, np.uint8).reshape(sizes)
+
+
+def gunzip(path, fix):
+    """The content of a gzip file, which must not exceed LIMIT: a small file can claim to hold more than any memory."""
     try:
         with gzip.open(path) as file:
-            content = file.read()
-        magic, *sizes = struct.unpack_from(f">{1 + ndim}I", content)
-    except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise DataError(f"{path} is damaged ({why(error)}): fetch it again") from None
-    body = content[4 + 4 * ndim :]
-    if magic != 0x0800 + ndim or len(body) != math.prod(sizes) or not body:
-        raise DataError(f"{path} is no IDX file of {ndim} axes (magic {magic}, sizes {sizes}): fetch it again")
-    return np.frombuffer(body, np.uint8).reshape(sizes)
+            content = file.read(LIMIT + 1)  # to the end, where gzip checks its CRC
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({why(error)}): {fix}") from None
+    if len(content) > LIMIT:
+        raise UserError(f"{path} unpacks to more than {LIMIT / 1e6:.0f} MB: {fix}")
+    return content
 
 
 def cifar10(data_dir):
@@ -283,13 +445,14 @@ def cifar10(data_dir):
     folder = next((f for f in (root, root / folder_name) if (f / CIFAR10_TEST).is_file()), None)
     archive = root if root.is_file() else root / archive_name
     if folder:
-        files = {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+        paths = [folder / name for name in (*CIFAR10_TRAIN, CIFAR10_TEST)]
+        files = {path.name: path.read_bytes() for path in paths if path.is_file() and path.stat().st_size < LIMIT}
     else:
         if data_dir is None and not archive.is_file():
             download(CIFAR10_URL, CIFAR10_MD5, archive)
         if not archive.is_file():
             state = "has neither" if root.exists() else "does not exist: want a folder with"
-            raise DataError(f"--data-dir {root} {state} {archive_name} or {folder_name}/; {CIFAR10_URL} has it")
+            raise UserError(f"--data-dir {root} {state} {archive_name} or {folder_name}/; {CIFAR10_URL} has it")
         files = read_tar(archive)
     where = folder or archive
     train, train_labels = cifar_records(files, CIFAR10_TRAIN, where)
@@ -299,15 +462,13 @@ def cifar10(data_dir):
 
 def read_tar(path):
     """{name: content} of the .bin files of a tar.gz, in memory: nothing is unpacked to disk."""
+    content = gunzip(path, f"replace it by {CIFAR10_URL}")
     try:
-        with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            members = (m for m in tar if m.isfile() and m.name.endswith(".bin"))
-            files = {Path(m.name).name: tar.extractfile(m).read() for m in members}
-            while file.read(1 << 20):  # tarfile stops early, and gzip checks its CRC only at the very end
-                pass
-            return files
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({why(error)}): replace it by {CIFAR10_URL}") from None
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            members = (m for m in tar if m.isfile() and m.name.endswith(".bin") and 0 <= m.size <= len(content))
+            return {Path(m.name).name: tar.extractfile(m).read() for m in members}
+    except (tarfile.TarError, ValueError, OSError, OverflowError) as error:
+        raise UserError(f"{path} is damaged ({why(error)}): replace it by {CIFAR10_URL}") from None
 
 
 def cifar_records(files, names, where):
@@ -315,10 +476,10 @@ def cifar_records(files, names, where):
     for name in names:
         if not files.get(name) or len(files[name]) % 3073:
             size = f"{len(files[name])} bytes" if name in files else "missing"
-            raise DataError(f"{where}: {name} is {size}, wanted n x 3073 bytes: fetch {CIFAR10_URL} again")
+            raise UserError(f"{where}: {name} is {size}, wanted n x 3073 bytes: fetch {CIFAR10_URL} again")
     records = np.frombuffer(b"".join(files[name] for name in names), np.uint8).reshape(-1, 3073)
     if records[:, 0].max() > 9:
-        raise DataError(f"{where} has labels over 9, so it is not CIFAR-10's binary version: get {CIFAR10_URL}")
+        raise UserError(f"{where} has labels over 9, so it is not CIFAR-10's binary version: get {CIFAR10_URL}")
     return torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), label_tensor(records[:, 0])
 
 
@@ -330,40 +491,60 @@ def download(url, md5, target):
     """Fetch url to target through target.part, which a later call resumes; target only ever appears whole."""
     part = target.with_name(target.name + ".part")
     by_hand = f"fetch {url} by hand and give --data-dir"
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link could make us write anywhere
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        done, total = fetch(url, part)
-    except (OSError, http.client.HTTPException) as error:
-        raise DataError(f"download failed ({why(error)}): run again to resume, or {by_hand}") from None
-    if done < total:
-        raise DataError(f"download stopped at {done} of {total} bytes: run again to resume, or {by_hand}")
-    found = hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest()
-    if found != md5:
-        part.unlink()
-        raise DataError(f"{url} came with MD5 {found}, wanted {md5}; removed it: run again, or {by_hand}")
-    part.replace(target)
+        with open(part, "r+b", opener=lambda path, _: os.open(path, flags, 0o666)) as file:
+            if not lock(file):
+                raise UserError(f"another process is writing {part}: wait for it, then run again")
+            if target.is_file():  # it has just finished
+                return
+            done, total = fetch(url, file)
+            if done < total:
+                raise OSError(f"stopped at {done} of {total} bytes")
+            file.seek(0)
+            found = hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
+            if found != md5:
+                part.unlink()
+                raise UserError(f"{url} came with MD5 {found}, wanted {md5}; removed it: run again, or {by_hand}")
+            part.replace(target)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UserError(f"download failed ({why(error)}): run again to resume, or {by_hand}") from None
 
 
-def fetch(url, part):
-    """Append the rest of url to the file `part`. Bytes now there, and bytes wanted as far as the server tells."""
-    done = part.stat().st_size if part.exists() else 0
+class OnlyHttps(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only to where nobody on the way can change what comes."""
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        if not url.lower().startswith("https://"):
+            raise OSError(f"redirected to {url[:100]}, which is not https")
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def fetch(url, file):
+    """Append the rest of url to the open file. Bytes now there, and bytes wanted as far as the server tells."""
+    done = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     try:
-        response = urllib.request.urlopen(request, timeout=30)
+        response = urllib.request.build_opener(OnlyHttps).open(request, timeout=30)
     except urllib.error.HTTPError as error:
         error.close()
         if done and error.code == 416:  # nothing is left to send: the MD5 decides
             return done, done
         raise
     with response:
-        done = done if response.status == 206 else 0  # 200: the server ignores Range and starts over
-        total = done + int(response.headers.get("Content-Length") or 0)
+        if response.status != 206:  # 200: the server ignores Range and starts over
+            done = file.seek(0)
+            file.truncate()
+        length = response.headers.get("Content-Length") or "0"
+        if not length.isdecimal() or (total := done + int(length)) > LIMIT:
+            raise OSError(f"a length of {length[:40]!r} bytes, more than {LIMIT / 1e6:.0f} MB or no number")
         try:
-            with part.open("ab" if done else "wb") as file:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    done += len(block)
-                    sys.stderr.write(f"\r{url}: {done / 1e6:.1f} of {total / 1e6:.1f} MB")
+            while block := response.read(1 << 20):
+                done += file.write(block)
+                sys.stderr.write(f"\r{url}: {done / 1e6:.1f} of {total / 1e6:.1f} MB")
+                if done > LIMIT:
+                    raise OSError(f"more than {LIMIT / 1e6:.0f} MB came")
         finally:
             sys.stderr.write("\n")  # an error message starts its own line
     return done, total
@@ -373,22 +554,21 @@ def fetch(url, part):
 # Pictures
 
 
-def save_picture(path, samples, dataset):
-    """Write finished samples as a PNG: a grid of uint8 images (N, H, W, C), or a histogram of points (N, D).
+def picture(samples, window=None):
+    """Finished samples as uint8 (H, W) or (H, W, 3): a grid of uint8 images (N, H, W, C), or a histogram of points.
 
-    dataset: the Dataset they belong to, whose training points then fix the window of the histogram so that pictures
-    of one run compare; or just True for images, False for points.
+    window: that of the histogram, `extent` of the training points, so that pictures of one run compare.
     """
-    if getattr(dataset, "is_image", dataset):
-        picture = image_grid(samples)
-    else:
-        reference = dataset.train.cpu().numpy() if isinstance(dataset, Dataset) else samples
-        picture = histogram(samples, limit=extent(reference))
-    write_png(path, picture)
+    return image_grid(samples) if samples.dtype == np.uint8 else histogram(samples, limit=window)
 
 
 def write_png(path, array):
     """Write uint8 (H, W) grey or (H, W, 3) colour as a PNG that appears whole or not at all."""
+    write_files({path: png(array)})
+
+
+def png(array):
+    """uint8 (H, W) or (H, W, 3) -> the bytes of a PNG."""
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
         raise ValueError(f"a picture is uint8 (H, W) or (H, W, 3), got {array.dtype} {array.shape}")
 
@@ -397,13 +577,7 @@ def write_png(path, array):
 
     header = struct.pack(">2I5B", array.shape[1], array.shape[0], 8, 2 if array.ndim == 3 else 0, 0, 0, 0)
     rows = b"".join(b"\0" + row.tobytes() for row in array)  # filter byte 0 (none) before every row
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.write_bytes(png)
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path} ({why(error)}): give a folder that can be written") from None
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
 
 
 def image_grid(images, columns=None, border=1, scale=None):
@@ -424,23 +598,29 @@ def image_grid(images, columns=None, border=1, scale=None):
 
 
 def extent(points):
-    """A square window ((x0, x1), (y0, y1)) around the finite points but for one in a thousand on each side."""
+    """A square window [(x0, x1), (y0, y1)] around the finite points but for one in a thousand on each side."""
     points = points[np.isfinite(points).all(1)][:, :2]
     low, high = np.quantile(points if len(points) else np.zeros((1, 2)), (0.001, 0.999), axis=0)
-    centre, half = (low + high) / 2, 0.58 * max(*(high - low), 1e-6)
-    return [(c - half, c + half) for c in centre]
+    centre = (low + high) / 2
+    half = 0.58 * float(max((high - low).max(), 1e-12 * np.abs(centre).max()) or 1)  # of equal points, too
+    return [(float(c) - half, float(c) + half) for c in centre]
 
 
 def histogram(points, size=480, limit=None):
-    """Density of points (N, 2) as uint8 (size, size, 3), dark on white, y upwards; only the first two axes count.
+    """Density of points (N, D) as uint8 (size, size, 3), y upwards; only the first two axes count. Of numbers (N, 1) a
+    bar chart.
 
-    limit: ((x0, x1), (y0, y1)), or a number for the square [-limit, limit]^2; by default the extent of the points.
+    limit: [(x0, x1), (y0, y1)], or a number for the square [-limit, limit]^2; by default the extent of the points.
     """
     limit = [(-limit, limit)] * 2 if isinstance(limit, (int, float)) else limit or extent(points)
-    points = points[np.isfinite(points).all(1)]
-    count = np.histogram2d(points[:, 0], points[:, 1], bins=size // 2, range=limit)[0]
-    count = np.flip(count.T, 0).repeat(2, 0).repeat(2, 1)
-    dense = np.quantile(count[count > 0], 0.99) if count.any() else 1
-    level = np.sqrt(np.minimum(count / dense, 1))  # the square root shows thin structure beside dense
+    points, bins = points[np.isfinite(points).all(1)], size // 2
+    if points.shape[1] == 1:
+        count = np.histogram(points[:, 0], bins, limit[0])[0]
+        level = np.arange(bins)[::-1, None] < 0.95 * bins * count / max(count.max(), 1)
+    else:
+        count = np.flip(np.histogram2d(points[:, 0], points[:, 1], bins, limit[:2])[0].T, 0)
+        dense = np.quantile(count[count > 0], 0.99) if count.any() else 1
+        level = np.sqrt(np.minimum(count / dense, 1))  # the square root shows thin structure beside dense
+    level = level.repeat(2, 0).repeat(2, 1)
     ramp = np.array([(255, 255, 255), (130, 180, 220), (40, 80, 160), (10, 10, 50)])
     return np.stack([np.interp(level, (0, 1 / 3, 2 / 3, 1), ramp[:, i]) for i in range(3)], -1).round().astype(np.uint8)

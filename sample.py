@@ -1,85 +1,86 @@
-"""Draws samples from a checkpoint: samples.png to look at, samples.npz to measure.
+"""Draws samples from a checkpoint: samples.npz to measure, samples.png to look at.
 
 python sample.py                                   the newest run under runs/, 64 samples, 20 network calls
 python sample.py --ckpt runs/agm-digits/ckpt.pt --sampler splitting --nfe 50 --n 1000 --out samples
-python sample.py --sampler ode --eta 0.5 --nfe 20  the noise renewed on the way
+python sample.py --sampler ode --eta 0.5 --nfe 20  with fresh noise injected on the way
 python sample.py --method hold --order 3           the newest run, if it is a denoiser, with another process
 python sample.py --ckpt runs/hold-digits/ckpt.pt --nll        HOLD: likelihood bound on the held-out data
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends without a traceback
+
 import argparse
 import inspect
 import math
-import os
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
-from train import METHODS, build, layout, load_checkpoint, make_folder, newest_checkpoint, pick_device, refuse, run
+from train import (
+    Stopped,
+    build,
+    draw,
+    finish,
+    layout,
+    load_checkpoint,
+    newest_checkpoint,
+    option,
+    pick_device,
+    refuse,
+    run,
+    signals,
+)
 
-OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "order", "eta": "eta"}  # command line -> the sampler's keyword
+OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "multistep", "eta": "eta"}  # command line -> sampler's keyword
 
 
 def parser():
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    p.add_argument("--ckpt", help="checkpoint; default: the newest under runs/")
-    p.add_argument("--nfe", type=int, default=20, help="network calls a sample")
-    p.add_argument("--n", type=int, help="how many samples; default: 64 images or 10,000 points")
-    p.add_argument(
-        "--sampler", help="AGM: exponential, ode, splitting, em; HOLD: ode, strang, lie, em; default: the first"
-    )
-    p.add_argument("--rho", type=float, help="exponent of the sampler's time grid; default: the sampler's")
-    p.add_argument("--t-end", type=float, help="time of the last call (splitting, lie, strang: end of the last step)")
-    p.add_argument("--multistep", type=int, help="exponential, ode: how many calls are extrapolated, 1-4")
-    p.add_argument(
-        "--eta", type=float, help="ode: noise that is renewed on the way; 0: none, 1: as much as the reverse SDE"
-    )
-    p.add_argument("--seed", type=int, default=0, help="sample i is the same for every --n and --batch")
-    p.add_argument("--batch", type=int, default=256, help="samples at a time")
+    add = partial(option, p)
+    add("--ckpt", "checkpoint; default: the newest under runs/")
+    add("--nfe", "network calls a sample", default=20)
+    add("--n", "how many samples; default: 64 images or 10,000 points")
+    add("--sampler", "AGM: ode, exponential, splitting, em; HOLD: ode, strang, lie, em; default: the first")
+    add("--rho", "exponent of the sampler's time grid; default: the sampler's")
+    add("--t-end", "time of the last call (splitting, lie, strang: end of the last step)")
+    add("--multistep", "exponential: how many calls are extrapolated")
+    add("--eta", "ode: fresh noise injected on the way; 0: none, 1: as much as the reverse SDE")
+    add("--seed", "sample i is the same for every --n and --batch", default=0)
+    add("--batch", "samples at a time", default=256)
     p.add_argument("--raw", action="store_true", help="draw with the raw weights, not with their average (EMA)")
-    p.add_argument(
-        "--method", choices=METHODS, help="process to sample with; only a denoiser serves another than its own"
-    )
-    p.add_argument("--order", type=int, help="HOLD: order to sample with; only a denoiser serves another than its own")
+    add("--method", "process to sample with; only a denoiser serves another than its own")
+    add("--order", "HOLD: order to sample with; only a denoiser serves another than its own")
     p.add_argument("--nll", action="store_true", help="HOLD: bound the likelihood of held-out data, draw nothing")
-    p.add_argument("--tol", type=float, default=1e-4, help="nll: error tolerance of the ODE solver")
-    p.add_argument("--data", help="nll: another data set or file than the checkpoint's")
-    p.add_argument("--data-dir", help="nll: folder or archive of the data set")
-    p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the first that is there")
-    p.add_argument("--out", help="folder for the results; default: the checkpoint's")
+    add("--tol", "nll: error tolerance of the ODE solver", default=1e-4)
+    add("--data", "nll: another data set or file than the checkpoint's")
+    add("--data-dir", "nll: folder or archive of the data set")
+    add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
+    add("--out", "folder for the results; default: the checkpoint's")
     p.error = refuse
     return p
 
 
-class Noise:
-    """Unit noise with one generator an image, so that image i does not depend on the batch it is drawn in."""
-
-    def __init__(self, seed, indices):
-        self.generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in indices]
-
-    def prior(self, process, shape):
-        return torch.cat([process.prior((1, *shape), g) for g in self.generators])
-
-    def __call__(self, like):
-        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators]).to(like)
-
-
 def restore(path, device, raw=False, method=None, order=None, amp=False):
     """Checkpoint -> (config, method module, process, net in eval mode), amp if the caller will use bf16. A denoiser
-    serves any method and order; for any other net DataError says what it was trained for."""
+    serves any method and order; for any other net UserError says what it was trained for."""
     ckpt = load_checkpoint(path)
     config = ckpt["config"]
     if order is not None and (method or config["method"]) != "hold":
-        raise data.DataError(f"--order {order} is HOLD's: give --method hold as well, or leave it out")
+        raise data.UserError(f"--order {order} is HOLD's: give --method hold as well, or leave it out")
     asked = {"method": method or config["method"], "order": config["order"] if order is None else order}
     if config["param"] != "denoiser" and not asked.items() <= config.items():
         trained = config["method"] + (f" of order {config['order']}" if config["method"] == "hold" else "")
-        raise data.DataError(
+        raise data.UserError(
             f"{path} was trained as {trained} with --param {config['param']}, and only a denoiser serves other "
             "processes: leave out --method and --order, or name another --ckpt"
         )
@@ -88,15 +89,15 @@ def restore(path, device, raw=False, method=None, order=None, amp=False):
     try:
         net.load_state_dict(ckpt["net" if raw else "ema"])
     except RuntimeError:
-        raise data.DataError(f"{path} does not fit the net that its config describes: train again") from None
+        raise data.UserError(f"{path} does not fit the net that its config describes: train again") from None
     return config, method, process, net.to(device, memory_format=layout(torch.device(device), amp)).eval()
 
 
 def sampler_options(method, args):
     """The sampler by name, with the options it takes; one that it does not take is refused."""
-    name = args.sampler or next(iter(method.SAMPLERS))
+    name = next(iter(method.SAMPLERS)) if args.sampler is None else args.sampler
     if name not in method.SAMPLERS:
-        raise data.DataError(f"no sampler {name!r} for this method: choose from {', '.join(method.SAMPLERS)}")
+        raise data.UserError(f"no sampler {name!r} for this method: choose from {', '.join(method.SAMPLERS)}")
     sampler = method.SAMPLERS[name]
     takes, options = inspect.signature(sampler).parameters, {}
     for flag, keyword in OPTIONS.items():
@@ -104,34 +105,23 @@ def sampler_options(method, args):
             if keyword not in takes:
                 able = [k for k, f in method.SAMPLERS.items() if keyword in inspect.signature(f).parameters]
                 fix = f"leave it out, or choose --sampler {' or '.join(able)}" if able else "leave it out"
-                raise data.DataError(f"sampler {name} has no --{flag.replace('_', '-')}: {fix}")
+                raise data.UserError(f"sampler {name} has no --{flag.replace('_', '-')}: {fix}")
             options[keyword] = getattr(args, flag)
     return name, sampler, options
 
 
-@torch.no_grad()
-def draw(sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", **options):
-    """n samples (n, *shape) on the CPU, drawn `batch` at a time."""
-    out, stochastic = [], "randn" in inspect.signature(sampler).parameters
-    for i in range(0, n, batch):
-        noise = Noise(seed, range(i, min(i + batch, n)))
-        extra = {"randn": noise} if stochastic else {}
-        m0 = noise.prior(process, shape).to(device)
-        out.append(sampler(process, net, m0, nfe, **options, **extra).float().cpu())
-    return torch.cat(out)
-
-
 def sample(args):
-    for key in ("nfe", "n", "batch"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise data.DataError(f"--{key} must be at least 1, got {getattr(args, key)}")
     path, device = Path(args.ckpt) if args.ckpt else newest_checkpoint(), pick_device(args.device)
     config, method, process, net = restore(path, device, args.raw, args.method, args.order)
     if args.nll:
         return print_nll(args, config, method, process, net, device)
     name, sampler, options = sampler_options(method, args)
-    out = Path(args.out) if args.out else path.parent
-    make_folder(out)
+    out, shape = Path(args.out) if args.out else path.parent, tuple(config["shape"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # before the work is done; it has no name
+    except OSError as e:
+        raise data.UserError(f"cannot write to {out} ({e.strerror}): choose another --out") from None
 
     calls = 0
 
@@ -140,21 +130,31 @@ def sample(args):
         calls += 1
         return net(m, t, label)
 
-    shape = tuple(config["shape"])
-    is_image = len(shape) == 3
-    n = args.n or (64 if is_image else 10000)
-    start = time.time()
-    x = draw(sampler, process, counted, shape, n, args.nfe, args.seed, args.batch, device, **options)
+    n, start = args.n or (64 if len(shape) == 3 else 10000), time.time()
+    mean = config.get("data_mean", 0.0 if len(shape) == 1 else None)  # None: of an older checkpoint
+    x = draw(sampler, process, counted, shape, n, args.nfe, args.seed, args.batch, device, data_mean=mean, **options)
     seconds = time.time() - start
-    array = data.Dataset.to_pixels(x) if is_image else (x * config["scale"] + torch.tensor(config["shift"])).numpy()
-    data.save_picture(out / "samples.png", array, is_image)
-    with open(out / "samples.npz.tmp", "wb") as f:
-        np.savez_compressed(f, arr_0=array)
-    os.replace(out / "samples.npz.tmp", out / "samples.npz")
-    batches = -(-n // args.batch)
+    array = finish(x, config)
+    if not x.isfinite().all() or not np.isfinite(array).all():
+        raise data.UserError("samples are not finite, so nothing was written: try other --sampler, --rho or --t-end")
+    shown = min(n, 1024, max(1, 2**26 // math.prod(shape))) if len(shape) == 3 else n  # readers refuse huge pictures
+    files = {out / "samples.npz": partial(np.savez_compressed, arr_0=array)}
+    try:
+        files[out / "samples.png"] = data.png(data.picture(array[:shown], config.get("window")))
+    except (MemoryError, ValueError) as e:
+        print(f"no picture: {data.why(e)}")
+    stop = []
+    with signals(lambda number, _: stop.append(number)):  # the samples may be the work of hours
+        data.write_files(files)
+    wrote = f"wrote {' and '.join(map(str, files))}" + (f", which shows the first {shown}" if shown < n else "")
+    if stop:
+        raise Stopped(stop[0], f"stopped: {wrote}")
     print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")
-    print(f"sampler {name} {options or ''} NFE {calls // batches} seconds/sample {seconds / n:.5f} on {device}")
-    print(f"wrote {out / 'samples.png'} and {out / 'samples.npz'}")
+    nfe = calls // -(-n // args.batch)
+    print(f"sampler {name} {options or ''} NFE {nfe} seconds/sample {seconds / n:.5f} on {device}")
+    if array.dtype == np.float64:
+        print("the points are float64: float32 would round them too much, so far from 0 they lie")
+    print(wrote)
 
 
 def print_nll(args, config, method, process, net, device):
@@ -164,28 +164,25 @@ def print_nll(args, config, method, process, net, device):
     again a bound). Points: nats per point, in the units of the data.
     """
     if not hasattr(method, "log_likelihood_bound"):
-        raise data.DataError(
-            "--nll needs a HOLD checkpoint, or a denoiser with --method hold: AGM has no likelihood here"
-        )
+        raise data.UserError("--nll needs a HOLD checkpoint, or a denoiser with --method hold: AGM has none here")
     if args.sampler or any(getattr(args, flag) is not None for flag in OPTIONS):
-        raise data.DataError("--nll follows a flow of its own: leave out --sampler, --rho, --t-end, --multistep, --eta")
-    if not args.tol > 0:
-        raise data.DataError(f"--tol must be positive, got {args.tol}")
+        raise data.UserError("--nll follows a flow of its own: leave out --sampler, --rho, --t-end, --multistep, --eta")
     dataset = data.load(args.data or config["data"], args.data_dir or config["data_dir"])
     if list(dataset.shape) != config["shape"]:
-        raise data.DataError(f"{dataset.name} has shape {dataset.shape}, the checkpoint {tuple(config['shape'])}")
+        raise data.UserError(f"{dataset.name} has shape {dataset.shape}, the checkpoint {tuple(config['shape'])}")
     held_out = dataset.test[: args.n]
     if len(held_out) < 2:
-        raise data.DataError(f"{dataset.name} holds out {len(held_out)} samples: a mean and its error need at least 2")
+        raise data.UserError(f"{dataset.name} holds out {len(held_out)} samples: a mean and its error need at least 2")
     torch.manual_seed(args.seed)
     start, nats = time.time(), []
     for batch in held_out.split(args.batch):
-        x = batch.to(device, torch.float32)
         if dataset.is_image:
-            x, log_unit = (x + torch.rand_like(x) - 0.5) / 127.5 - 1, math.log(127.5)
-        else:
-            x, log_unit = (x - torch.tensor(config["shift"]).to(x)) / config["scale"], math.log(config["scale"])
-        nats.append(log_unit * x[0].numel() - method.log_likelihood_bound(process, net, x, tol=args.tol).double().cpu())
+            x, log_unit = (batch + torch.rand(batch.shape) - 0.5) / 127.5 - 1, math.log(127.5)
+        else:  # from the units of these data to those of the run's
+            x = batch.double() * dataset.scale + torch.as_tensor(dataset.shift) - torch.as_tensor(config["shift"])
+            x, log_unit = (x / config["scale"]).float(), math.log(config["scale"])
+        bound = method.log_likelihood_bound(process, net, x.to(device), tol=args.tol).cpu().double()
+        nats.append(log_unit * x[0].numel() - bound)
     nll, unit = torch.cat(nats), "nats/point"
     if dataset.is_image:
         nll, unit = nll / (held_out[0].numel() * math.log(2)), "bits/dim"

@@ -1,19 +1,31 @@
-"""Trains AGM or HOLD and leaves a checkpoint and pictures in --out. Alone it is AGM on the embedded digits.
+"""Trains AGM or HOLD and leaves a checkpoint, a log and pictures in --out. With no options: AGM on the embedded digits.
 
 python train.py                                     minutes on a CPU
 python train.py --method hold --order 3             the other method
 python train.py --data cifar10                      one GPU
-python train.py --data cifar10 --help               the defaults of that data set
-python train.py --resume                            goes on with the newest run
+python train.py --data points.npy --help            the defaults for that data
+python train.py --resume                            resumes the newest run
 """
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends without a traceback
 
 import argparse
 import copy
+import inspect
+import itertools
 import math
 import os
+import shlex
 import sys
+import threading
 import time
 import warnings
+import zipfile
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,55 +37,74 @@ import nets
 
 # Name -> module, and what makes its process from a run's config.
 METHODS = {
-    "agm": (agm_ref, lambda c: agm_ref.AGM(sde=c["sde"], param=c["param"], sigma_data=c["std"])),
-    "hold": (
-        hold_ref,
-        lambda c: hold_ref.HOLD(order=c["order"], bound=c["bound"], param=c["param"], sigma_data=c["std"]),
-    ),
+    "agm": (agm_ref, lambda c: agm_ref.AGM(sde=c["sde"], **common(c))),
+    "hold": (hold_ref, lambda c: hold_ref.HOLD(order=c["order"], **common(c))),
+}
+LOSSES = {"agm": "acceleration matching", "hold": "BCSM"}
+
+
+def common(c):
+    return dict(bound=c["bound"], param=c["param"], sigma_data=c["std"])
+
+
+# What data need, by the largest side of an image; 0: points. `width` is the MLP's, or the UNet's first level's.
+PRESETS = {
+    # Minutes on a CPU. Fresh points are free and large batches steady the loss; the cosine decay to zero makes the
+    # learning rate safe; 20 layers of 128 are the size that published 2-D studies use.
+    0: dict(steps=6000, batch=512, lr=1e-3, width=128, blocks=20, save_every=2000),
+    # digits: five minutes on two CPU cores; one update sees a tenth of the data. Few updates, so large ones, and a net
+    # of 1.0M parameters: at this budget more steps beat a wider net.
+    12: dict(steps=1600, batch=128, lr=2e-3, width=32, mult=[1, 2], blocks=2, save_every=400),
+    # fashion: 43 epochs; 28 -> 14 -> 7.
+    28: dict(steps=20000, batch=128, lr=5e-4, width=64, mult=[1, 2, 2], blocks=2, save_every=2000),
+    # cifar10: 512 epochs of a net of 51M parameters, days on one GPU, not run. The usual rate and attention for a UNet
+    # of this size; dropout, as 50,000 images are few for it; the average is over the last 10,000 updates.
+    32: dict(steps=200000, batch=128, lr=2e-4, width=128, mult=[1, 2, 2, 2], blocks=3, save_every=5000)
+    | dict(attention=[1], dropout=0.1, ema=0.9999),
+    # Not run.
+    math.inf: dict(steps=20000, batch=64, lr=5e-4, width=64, mult=[1, 2, 2], blocks=2, save_every=2000),
 }
 
-# What each kind of data needs. Any of these is one flag away; `width` is the MLP's, or the UNet's first level's.
-PRESETS = {
-    "points": dict(
-        steps=6000,  # minutes on a CPU; the spiral is still a little blurred
-        batch=512,  # fresh points are free, large batches steady the loss
-        lr=1e-3,  # the cosine decay to zero makes this safe
-        width=128,  # with 20 layers the size that published 2-D studies use
-        blocks=20,
-        save_every=2000,
-    ),
-    "digits": dict(
-        steps=1600,  # what two CPU cores do in about five minutes
-        batch=128,  # one update sees a tenth of the data
-        lr=2e-3,  # few updates, so large ones
-        width=32,  # 1.0M parameters: at this budget more steps beat a wider net
-        mult=(1, 2),  # 8 -> 4
-        blocks=2,
-        save_every=400,
-    ),
-    "fashion": dict(
-        steps=20000,  # 43 epochs
-        batch=128,
-        lr=5e-4,
-        width=64,
-        mult=(1, 2, 2),  # 28 -> 14 -> 7
-        blocks=2,
-        save_every=2000,
-    ),
-    "cifar10": dict(
-        steps=200000,  # 512 epochs; days on one GPU, not run
-        batch=128,
-        lr=2e-4,  # the usual rate for a UNet of this size
-        width=128,  # 51M parameters
-        mult=(1, 2, 2, 2),
-        blocks=3,
-        attention=(1,),  # 16x16, the usual place
-        dropout=0.1,  # 50,000 images are few for this many parameters
-        ema=0.9999,  # averages the last 10,000 updates
-        save_every=5000,
-    ),
-    "images": dict(steps=20000, batch=64, lr=5e-4, width=64, mult=(1, 2, 2), blocks=2, save_every=2000),
+# Smallest and largest value, which also give the type: for the command lines and for the config of a checkpoint.
+LIMITS = {
+    **dict.fromkeys(("steps", "save_every", "log_every"), (1, 10**9)),
+    **dict(batch=(1, 10**6), lr=(1e-9, 1.0), warmup=(0, 10**9), clip=(1e-6, 1e6), ema=(0.0, 0.999999)),
+    **dict(width=(1, 4096), blocks=(1, 100), mult=(1, 64), attention=(0, 15), dropout=(0.0, 0.99)),
+    **dict(order=(1, 8), sde=(False, True), seed=(0, 2**32 - 1)),  # HOLD is tested up to order 8
+    **dict(nfe=(1, 10**5), n=(1, 10**7), rho=(0.01, 100.0), t_end=(0.0, 100.0), multistep=(1, 4), eta=(0.0, 10.0)),
+    **dict(tol=(1e-12, 1.0), shape=(1, 65536), shift=(-1e300, 1e300), scale=(1e-300, 1e300)),
+    **dict.fromkeys(("std", "bound"), (1e-9, 1e9)),
 }
+CHOICES = {"method": METHODS, "param": ("denoiser", "paper"), "amp": ("off", "bf16")}
+
+
+def check(key, value):
+    """value, if LIMITS or CHOICES allow it for that option or entry of a config; text is read as a number."""
+    name, number = "--" + key.replace("_", "-"), value
+    low, high = LIMITS.get(key, (" ", None))
+    with suppress(ValueError, OverflowError):
+        number = type(low)(value) if isinstance(value, str) else value
+    if key in CHOICES:
+        wanted, fits = f"one of {', '.join(CHOICES[key])}", value in list(CHOICES[key])
+    elif key in LIMITS:
+        wanted = f"a {'whole ' if type(low) is int else ''}number from {low:g} to {high:.12g}"
+        fits = type(number) is type(low) and low <= number <= high
+    else:
+        wanted, fits = "text", isinstance(value, str) and value.strip()
+    if not fits:
+        raise data.UserError(f"{name} must be {wanted}, got {value!r:.40}")
+    return number
+
+
+def option(p, flag, help, **keywords):
+    """Adds an option that takes what `check` allows."""
+    key = flag[2:].replace("-", "_")
+    p.add_argument(flag, type=partial(check, key), choices=CHOICES.get(key), help=help, **keywords)
+
+
+def refuse(message):
+    """What argparse does with a bad option, in one line."""
+    raise data.UserError(f"{data.why(message)}; --help shows the options")
 
 
 def parser(preset):
@@ -81,83 +112,67 @@ def parser(preset):
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    p.add_argument("--method", choices=METHODS, default="agm", help="phase stochastic bridge, or high-order Langevin")
-    p.add_argument("--data", default="digits", help=f"{', '.join(data.NAMES)}, or an .npy/.npz file")
-    p.add_argument("--data-dir", help="folder or archive of the data set; default: the cache, after a download")
-    p.add_argument("--order", type=int, default=3, help="HOLD only: 1 is OU/VP, 2 is CLD, 3 is HOLD")
+    add = partial(option, p)
+    add("--method", "phase stochastic bridge, or high-order Langevin", default="agm")
+    add("--data", f"{', '.join(data.NAMES)}, or an .npy/.npz file", default="digits")
+    add("--data-dir", "folder or archive of the data set; default: the cache, after a download")
+    add("--order", "HOLD only: 1 is OU/VP, 2 is CLD, 3 is HOLD", default=3)
     p.add_argument("--sde", action="store_true", help="AGM only: learn the SDE's acceleration, not the ODE's")
-    p.add_argument(
-        "--param", choices=["denoiser", "paper"], default="denoiser", help="what the net learns: x from y, or F / eps_n"
-    )
-    p.add_argument("--steps", type=int, help="updates")
-    p.add_argument("--batch", type=int, help="images or points an update")
-    p.add_argument("--lr", type=float, help="peak learning rate of AdamW; cosine decay to 0")
-    p.add_argument("--warmup", type=int, default=100, help="updates of linear warm-up")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=float, default=0.999, help="decay of the weight average that samples are drawn with")
-    p.add_argument("--width", type=int, help="channels of the net's first level")
-    p.add_argument("--blocks", type=int, help="UNet: residual blocks a level; MLP: layers")
-    p.add_argument("--mult", type=int, nargs="+", default=(), help="UNet: width of each level, in units of --width")
-    p.add_argument("--attention", type=int, nargs="*", default=(), help="UNet: levels with attention, 0 is full size")
-    p.add_argument("--dropout", type=float, default=0.0, help="UNet: dropout rate")
+    add("--param", "what the net learns: x from y, or F / eps_n", default="denoiser")
+    add("--steps", "updates; a resumed run that gets more of them follows the cosine of the new number")
+    add("--batch", "images or points an update")
+    add("--lr", "peak learning rate of AdamW; cosine decay to 0")
+    add("--warmup", "updates of linear warm-up", default=100)
+    add("--clip", "largest gradient norm", default=1.0)
+    add("--ema", "decay of the weight average that samples are drawn with", default=0.999)
+    add("--width", "channels of the net's first level")
+    add("--blocks", "UNet: residual blocks a level; MLP: layers")
+    add("--mult", "UNet: width of each level, in units of --width", nargs="+", default=[])
+    add("--attention", "UNet: levels with attention, 0 is full size", nargs="*", default=[])
+    add("--dropout", "UNet: dropout rate", default=0.0)
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="random mirror images; default: the data's")
-    p.add_argument("--amp", choices=["off", "bf16"], default="off", help="bf16: autocast the net to bfloat16")
-    p.add_argument("--seed", type=int, default=0, help="of the weights, the data order and the noise")
-    p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes the first that is there")
-    p.add_argument("--out", help="folder of the run; default: runs/METHOD-DATA, numbered when taken")
-    p.add_argument("--save-every", type=int, help="updates between checkpoints and pictures")
-    p.add_argument("--log-every", type=int, default=50, help="updates between log lines")
+    add("--amp", "bf16: autocast the net to bfloat16", default="off")
+    add("--seed", "of the weights, the data order and the noise", default=0)
+    add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
+    add("--out", "folder of the run; default: runs/METHOD-DATA, numbered when taken")
+    add("--save-every", "updates between checkpoints and pictures")
+    add("--log-every", "updates between log lines", default=50)
     p.add_argument("--resume", action="store_true", help="go on with the run in --out; default: the newest in runs/")
     p.set_defaults(**preset)
     p.error = refuse
     return p
 
 
-def refuse(message):
-    """What argparse does with a bad option, in one line."""
-    sys.exit(f"error: {message}; --help shows the options")
+MAY_CHANGE = ("steps", "data", "data_dir", "device", "out", "save_every", "log_every", "resume")  # when a run goes on
 
 
-MAY_CHANGE = ("steps", "data_dir", "device", "out", "save_every", "log_every", "resume")  # when a run goes on
+def preset_for(shape):
+    """The defaults for data of that shape."""
+    side = next(s for s in PRESETS if max(shape[1:], default=0) <= s)
+    name = f"images up to {side}x{side}" if 0 < side < math.inf else "larger images" if side else "points"
+    return {**PRESETS[side], "mult": PRESETS[side].get("mult", [])[: levels(shape)], "preset": name}
+
+
+def levels(shape):
+    """How many levels a UNet can have: 8x8 -> 4x4 -> 2x2 -> 1x1 are four. Points have none."""
+    return min(shape[1:], default=0).bit_length()
 
 
 def configure(argv):
     """Command line -> (config, checkpoint or None). A run that goes on keeps the options it was started with."""
     known, _ = parser({}).parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    preset = PRESETS.get(known.data) or PRESETS["points" if known.data in data.POINTS else "images"]
     if not known.resume:
-        config = vars(parser(preset).parse_args(argv))
-        check(config)
-        return config, None
+        return vars(parser(preset_for(data.shape_of(known.data))).parse_args(argv)), None
     path = Path(known.out) / "ckpt.pt" if known.out else newest_checkpoint()
     ckpt = load_checkpoint(path)
-    config = vars(parser(preset).parse_args(argv, argparse.Namespace(**ckpt["config"])))
-    for key, value in config.items():
-        if key not in MAY_CHANGE and value != ckpt["config"].get(key):
-            raise data.DataError(
-                f"{path} was trained with --{key.replace('_', '-')} {ckpt['config'].get(key)}, not {value}: "
+    config = vars(parser(ckpt["config"]).parse_args(argv))
+    for key in vars(known).keys() - set(MAY_CHANGE):
+        if config[key] != ckpt["config"][key]:
+            raise data.UserError(
+                f"{path} was trained with --{key.replace('_', '-')} {ckpt['config'][key]}, not {config[key]}: "
                 "leave the option out, or start a new run with another --out"
             )
-    check(config)
     return {**config, "out": str(path.parent), "resume": True}, ckpt
-
-
-def check(config):
-    for key in ("steps", "batch", "width", "blocks", "save_every", "log_every"):
-        if config[key] < 1:
-            raise data.DataError(f"--{key.replace('_', '-')} must be at least 1, got {config[key]}")
-    for key, low, high in (("lr", 0, 1), ("clip", 0, math.inf), ("ema", 0, 1)):
-        if not low < config[key] < high:
-            raise data.DataError(f"--{key} must lie between {low} and {high}, got {config[key]}")
-    if config["sde"] and config["param"] == "denoiser":
-        raise data.DataError("--sde says what the paper's network learns: add --param paper, or leave it out")
-    if config["warmup"] < 0:
-        raise data.DataError(f"--warmup must be at least 0, got {config['warmup']}")
-    if min(config["mult"], default=1) < 1 or not set(config["attention"]) <= set(range(len(config["mult"]))):
-        levels = f"--mult {config['mult']} with --attention {config['attention']}"
-        raise data.DataError(f"{levels}: mult must be at least 1, and attention name levels of it, from 0")
-    if not 0 <= config["dropout"] < 1:
-        raise data.DataError(f"--dropout must lie in [0, 1), got {config['dropout']}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,7 +181,13 @@ def check(config):
 
 def build(config):
     """config -> (method module, process, net). The config is a checkpoint's, or that of a new run with its `shape`."""
-    (method, make), (C, *size) = METHODS[config["method"]], config["shape"]
+    (method, make), (C, *size), mult = METHODS[config["method"]], config["shape"], config["mult"]
+    if config["sde"] and config["param"] == "denoiser":
+        raise data.UserError("--sde says what the paper's network learns: add --param paper, or leave it out")
+    if len(mult) > levels(config["shape"]) or not set(config["attention"]) <= set(range(len(mult))):
+        levels_text = f"--mult {mult} with --attention {config['attention']}"
+        most = f"data of shape {config['shape']} have at most {levels(config['shape'])} levels"
+        raise data.UserError(f"{levels_text}: {most}, and attention names levels of mult, from 0")
     process = make(config)
     if config["param"] == "denoiser":  # sees y, and its time is sigma / (1 + sigma)
         channels, T, t_data = C, 1.0, 0.0
@@ -181,33 +202,43 @@ def build(config):
 def save_checkpoint(path, config, net, ema, optimizer, step):
     rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     state = dict(config=config, net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-    torch.save({**state, "step": step, "rng": rng}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)  # so that a kill leaves the old file or the new one, never half of one
+    data.write_files({path: partial(torch.save, {**state, "step": step, "rng": rng})})
 
 
 def load_checkpoint(path, device="cpu"):
-    """Reads and checks a checkpoint. Errors: data.DataError in one line for a missing, cut or foreign file."""
+    """Reads and checks a checkpoint. UserError says in one line what is wrong with a file."""
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
+            if any(part.compress_type for part in file.infolist()) or file.testzip():
+                raise ValueError("wrong checksum")
         ckpt = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise data.DataError(f"no checkpoint at {path}: train first, or name one") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as e:
-        raise data.DataError(f"cannot read {path}: {e.strerror}") from None
-    except Exception:  # torch.load raises anything from OSError to UnpicklingError on a damaged file
-        raise data.DataError(f"{path} is cut short, or not a checkpoint: train again, or name another") from None
-    missing = {"config", "net", "ema", "optimizer", "step", "rng"} - set(ckpt if isinstance(ckpt, dict) else ())
-    missing = missing or {"method", "param", "data", "shape", "std"} - set(ckpt["config"])
-    if missing or ckpt["config"]["method"] not in METHODS:
-        raise data.DataError(
-            f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(missing)) or 'a known method'}"
-        )
-    return ckpt
+        given = {k: list(v) if isinstance(v, tuple) else v for k, v in ckpt["config"].items()}
+        config = {**vars(parser({}).parse_args([])), "shift": 0.0, "scale": 1.0, "bound": 1.0, **given}
+        for key in {"method", "param", "data", "shape", "std", *given} & {*LIMITS, *CHOICES, "data"}:
+            several = key in ("mult", "attention", "shape") or (key == "shift" and isinstance(given[key], list))
+            for value in given[key] if several else [given[key]]:
+                check(key, value)
+        if len(config["shape"]) not in (1, 3) or type(ckpt["step"]) is not int or ckpt["step"] < 0:
+            raise ValueError(f"shape {config['shape']}, step {ckpt['step']}")
+        tensors = [*ckpt["net"].values(), *ckpt["ema"].values(), torch.as_tensor(given.get("data_mean", 0.0))]
+        tensors += [v for state in ckpt["optimizer"]["state"].values() for v in state.values()]
+        if not all(v.isfinite().all() for v in tensors):
+            raise data.UserError("its weights are not finite numbers; take an older one, or train again")
+    except OSError as e:
+        raise data.UserError(f"no checkpoint at {path} ({e.strerror}): train first, or name another") from None
+    except data.UserError as e:
+        raise data.UserError(f"{path} cannot be used: {e}") from None
+    except MemoryError:
+        raise
+    except Exception as e:  # whatever torch.load raises for a damaged file, and whatever lacks in a foreign one
+        raise data.UserError(f"{path} is damaged, or no checkpoint of this project ({data.why(e):.80})") from None
+    return {**ckpt, "config": config}
 
 
 def newest_checkpoint():
     found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise data.DataError("no checkpoint under runs/: run train.py first, or name one")
+        raise data.UserError("no checkpoint under runs/: run train.py first, or name one")
     return found[-1]
 
 
@@ -215,10 +246,12 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise data.DataError(f"cannot use --device {name}: {str(e).splitlines()[0]}") from None
-    return torch.device(name)
+        if torch.zeros(1, device=name).device.type in ("cpu", "cuda", "mps"):
+            return torch.device(name)
+        text = "want cpu, cuda or mps"
+    except (RuntimeError, AssertionError, ImportError) as e:
+        text = str(e).splitlines()[0]
+    raise data.UserError(f"cannot use --device {name}: {text}")
 
 
 def layout(device, amp):
@@ -226,24 +259,72 @@ def layout(device, amp):
     return torch.contiguous_format if amp and device.type == "cpu" else torch.channels_last
 
 
-def open_folder(config):
-    """Makes the run's folder and tries it, before any work is done. Never one that already holds a run."""
-    base = Path("runs") / f"{config['method']}-{Path(config['data']).stem}"
-    names = [Path(config["out"])] if config["out"] else [base, *(Path(f"{base}-{i}") for i in range(2, 10**6))]
-    out = next((n for n in names if not (n / "ckpt.pt").exists()), None)
-    if out is None:
-        raise data.DataError(f"{config['out']} already holds a run: --resume goes on with it; or choose another --out")
-    make_folder(out)
-    return out
+def claim(config, goes_on):
+    """The run's folder and its open log: this run's alone, by a lock on the log that ends with the process."""
+    base = f"runs/{config['method']}-{Path(config['data']).stem}"
+    names = [config["out"]] if config["out"] else (f"{base}-{i}" if i > 1 else base for i in itertools.count(1))
+    for out in map(Path, names):
+        try:
+            out.mkdir(parents=True, exist_ok=bool(config["out"]))
+            log = open(out / "log.txt", "ab", buffering=0)  # noqa: SIM115, it stays open
+            break
+        except OSError as e:
+            if config["out"] or not isinstance(e, FileExistsError):
+                raise data.UserError(f"cannot write to {out} ({e.strerror}): choose another --out") from None
+    if not data.lock(log):
+        raise data.UserError(f"{out} belongs to another process, which is running: choose another --out")
+    if not goes_on and (out / "ckpt.pt").exists():
+        raise data.UserError(f"{out} already holds a run: --resume goes on with it; or choose another --out")
+    leftovers = [*out.glob("ckpt.pt.*.tmp"), *out.glob("step-*.png.*.tmp")]  # of a run that was killed
+    if not goes_on and log.tell():  # or that ended before its first save
+        leftovers += out.glob("step-*.png")
+        log.truncate(0)
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return out, log
 
 
-def make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".try").touch()
-        (path / ".try").unlink()
-    except OSError as e:
-        raise data.DataError(f"cannot write to {path} ({e.strerror}): choose another --out") from None
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+class Noise:
+    """Unit noise with one generator a sample, so that sample i does not depend on the batch it is drawn in."""
+
+    def __init__(self, seed, indices):
+        self.generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in indices]
+
+    def prior(self, process, shape):
+        return torch.cat([process.prior((1, *shape), g) for g in self.generators])
+
+    def __call__(self, like):
+        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators]).to(like)
+
+
+@torch.no_grad()
+def draw(sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", **options):
+    """n samples (n, *shape) on the CPU, drawn `batch` at a time. A sampler without `data_mean` does not get it."""
+    out, takes = [], inspect.signature(sampler).parameters
+    options = {k: v for k, v in options.items() if k != "data_mean" or k in takes}
+    for i in range(0, n, batch):
+        noise = Noise(seed, range(i, min(i + batch, n)))
+        extra = {"randn": noise} if "randn" in takes else {}
+        out.append(sampler(process, net, noise.prior(process, shape).to(device), nfe, **options, **extra).float().cpu())
+    return torch.cat(out)
+
+
+def finish(x, config):
+    """Samples in network units -> uint8 images (N, H, W, C), or points (N, D) in the units of the data."""
+    is_image = len(config["shape"]) == 3
+    return data.Dataset.to_pixels(x) if is_image else data.in_units(x, config["shift"], config["scale"])
+
+
+def draw_picture(path, config, method, process, net, device):
+    """What sample.py draws with no options; images in no larger batches than those of the training, which fit."""
+    n, batch = (64, config["batch"]) if len(config["shape"]) == 3 else (10_000, 10_000)
+    sampler, mean = next(iter(method.SAMPLERS.values())), config["data_mean"]
+    x = draw(sampler, process, net, config["shape"], n, 20, batch=batch, device=device, data_mean=mean)
+    data.write_files({path: data.png(data.picture(finish(x, config), config["window"]))})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,111 +338,169 @@ def learning_rate(step, config):
 
 
 @torch.no_grad()
-def update_ema(ema, net, step, decay):
+def update_ema(averages, params, step, decay):
     """ema <- d ema + (1 - d) net; d ramps up, so that the average forgets the first, random weights."""
-    d = min(decay, (1 + step) / (10 + step))
-    for a, b in zip(ema.parameters(), net.parameters(), strict=True):
-        a.lerp_(b, 1 - d)
+    torch._foreach_lerp_(averages, params, 1 - min(decay, (1 + step) / (10 + step)))
 
 
-@torch.no_grad()
-def draw_picture(path, method, process, ema, dataset, device, n_images=64, n_points=10000, nfe=20):
-    """Samples with the default sampler, always from the same noise."""
-    n = n_images if dataset.is_image else n_points
-    m0 = process.prior((n, *dataset.shape), torch.Generator().manual_seed(0)).to(device)
-    sampler = next(iter(method.SAMPLERS.values()))
-    x = sampler(process, ema.eval(), m0, nfe)
-    data.save_picture(path, dataset.to_pixels(x) if dataset.is_image else dataset.restore(x), dataset)
+def compare(found, config, name):
+    """Refuses data that are not those of the run, wherever they lie; the run's units stand."""
+    for key in sorted(found.keys() & config.keys() - {"window"}):
+        new, old = (torch.as_tensor(c[key], dtype=torch.float64) for c in (found, config))
+        unit = config["scale"] if key in ("shift", "scale") else 1.0
+        if new.shape != old.shape or (new - old).abs().max() > 1e-5 * unit:
+            was, now = (data.why(v.tolist())[:60] for v in (old, new))
+            raise data.UserError(f"{name} is not the run's data ({config['data']}): its {key} is {now}, that was {was}")
+
+
+def restore(ckpt, net, ema, optimizer):
+    """Weights, optimizer and random numbers as at the save."""
+    try:
+        net.load_state_dict(ckpt["net"])
+        ema.load_state_dict(ckpt["ema"])
+        groups = optimizer.state_dict()["param_groups"]  # ours: the file's could say anything
+        optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
+        for p, state in optimizer.state.items():
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
+                raise ValueError("optimizer of another net")
+        torch.set_rng_state(ckpt["rng"]["cpu"])
+        if torch.cuda.is_available() and ckpt["rng"]["cuda"]:
+            torch.cuda.set_rng_state_all(ckpt["rng"]["cuda"])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
+        raise data.UserError(
+            f"the checkpoint's state does not fit its config ({data.why(e):.80}): train again"
+        ) from None
 
 
 def train(config, ckpt=None):
     device = pick_device(config["device"])
-    dataset = data.load(config["data"], config["data_dir"], config["flip"]).to(device)
-    units = {
-        "shift": torch.as_tensor(dataset.shift).tolist(),
-        "scale": dataset.scale,
-        "bound": dataset.bound,
-        "std": dataset.std,
-    }
-    if ckpt and list(dataset.shape) != config["shape"]:
-        raise data.DataError(f"{dataset.name} has shape {dataset.shape}, the run {config['shape']}: start a new run")
-    config = {**config, "shape": list(dataset.shape), **units}  # all that sample.py needs
-    out = Path(config["out"]) if ckpt else open_folder(config)
-    config["out"] = str(out)
+    dataset = data.load(config["data"], config["data_dir"], config["flip"])
+    found = dataset.summary()
+    if ckpt:
+        compare(found, ckpt["config"], config["data"])
+    config = {**found, **config, "flip": dataset.flip}  # all that sample.py needs
+    dataset = dataset.to(device)
 
     torch.manual_seed(config["seed"])
     method, process, net = build(config)
     net = net.to(device, memory_format=layout(device, config["amp"] == "bf16"))
-    ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config["lr"], weight_decay=0.01)
-    start = 0
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    params, averages, fast = list(net.parameters()), list(ema.parameters()), device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(params, lr=config["lr"], weight_decay=0.01, fused=fast)
     if ckpt:
-        net.load_state_dict(ckpt["net"])
-        ema.load_state_dict(ckpt["ema"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        start = ckpt["step"]
-        torch.set_rng_state(ckpt["rng"]["cpu"])
-        if device.type == "cuda" and ckpt["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(ckpt["rng"]["cuda"])
+        restore(ckpt, net, ema, optimizer)
+    start, steps, save_every = ckpt["step"] if ckpt else 0, config["steps"], config["save_every"]
+    out, log = claim(config, bool(ckpt))
+    config["out"], again, stop = str(out), f"python train.py --resume --out {shlex.quote(str(out))}", []
 
-    size = f"{type(net).__name__} with {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters"
-    say(out, f"{process} on {dataset.name} {dataset.shape}, {len(dataset.train)} for training")
-    say(out, f"{size}, {device}, {out}, steps {start}-{config['steps']}")
-    if start >= config["steps"]:
-        say(out, f"nothing to do: the run already has {start} steps; more with --steps")
-    clock, losses = time.time(), []
-    for step in range(start, config["steps"]):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        x, _ = dataset.batch(config["batch"])
-        with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"] == "bf16"):
-            loss = method.loss(process, net.train(), x)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config["clip"])
-        if not torch.isfinite(norm):
-            drawn = f"t in {process.t_range}" if config["param"] == "paper" else "ln sigma ~ N(-1.2, 1.2^2)"
-            where = f"step {step + 1}, {drawn}"
-            raise data.DataError(
-                f"loss {loss.item():g} and gradient norm {norm.item():g} at {where}: lower --lr or --clip; "
-                f"{out / 'ckpt.pt'}, if there is one, holds the last good weights"
-            )
-        optimizer.step()
-        update_ema(ema, net, step, config["ema"])
-        losses.append(loss.item())
+    def picture(step):
+        if step % save_every == 0 or step in (steps, max(steps // 10, 1)):
+            draw_picture(out / f"step-{step:07d}.png", config, method, process, ema, device)
 
-        done = step + 1
-        if done % config["log_every"] == 0 or done == config["steps"]:
-            speed = len(losses) / (time.time() - clock)
-            say(
-                out,
-                f"step {done} loss {sum(losses) / len(losses):.5f} grad {norm:.3f} it/s {speed:.2f} "
-                f"images/s {speed * config['batch']:.0f} minutes left {(config['steps'] - done) / speed / 60:.1f}",
-            )
-            clock, losses = time.time(), []
-        if done % config["save_every"] == 0 or done == config["steps"]:
-            save_checkpoint(out / "ckpt.pt", config, net, ema, optimizer, done)
-        if done % config["save_every"] == 0 or done in (config["steps"], max(config["steps"] // 10, 1)):
-            draw_picture(out / f"step-{done:07d}.png", method, process, ema, dataset, device)
-    say(out, f"done: {out / 'ckpt.pt'} and the pictures beside it; next: python sample.py --ckpt {out / 'ckpt.pt'}")
+    def signalled(number, _):  # the first lets the step and its save end
+        if stop:
+            raise Stopped(number, f"stopped at once; {again} goes on from the last save, if there was one")
+        stop.append(number)
+
+    what = LOSSES.get(config["method"], config["method"])
+    if config["param"] == "denoiser":
+        what += " with a preconditioned network and EDM's weight in t (a denoiser)"
+    say(log, f"{process} on {config['data']}; defaults for {config.get('preset', 'it')}; the loss is {what}")
+    size = f"{type(net).__name__} with {sum(p.numel() for p in params) / 1e6:.2f}M parameters"
+    say(log, f"{len(dataset.train)} samples {dataset.shape}, {size}, {device}, {out}, steps {start}-{steps}")
+    if start >= steps:
+        say(log, f"nothing to do: the run already has {start} steps; more with --steps")
+    if ckpt and not (out / f"step-{start:07d}.png").exists():  # the run was killed before it was drawn
+        picture(start)
+    since, began, seen = start, time.time(), torch.zeros(2, device=device)
+    with log, signals(signalled):
+        for done in range(start + 1, steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(done - 1, config)
+            x, _ = dataset.batch(config["batch"])
+            with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"] == "bf16"):
+                loss = method.loss(process, net, x)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(params, config["clip"], foreach=fast or None)
+            optimizer.step()
+            update_ema(averages, params, done - 1, config["ema"])
+            seen += torch.stack([loss.detach().float(), norm])  # on the device: to read each would wait for each step
+
+            saves = done % save_every == 0 or done == steps or bool(stop)
+            if saves or done % config["log_every"] == 0:
+                mean, norm = (seen / (done - since)).tolist()
+                if not math.isfinite(mean + norm):
+                    drawn = f"t in {process.t_range}" if config["param"] == "paper" else "ln sigma ~ N(-1.2, 1.2^2)"
+                    where = f"loss {mean:g} and gradient norm {norm:g} in steps {since + 1}-{done}, {drawn}"
+                    kept = f"{out / 'ckpt.pt'}, if there is one, holds the last good weights"
+                    raise data.UserError(f"{where}: lower --lr or --clip; {kept}")
+                speed = (done - since) / (time.time() - began)
+                say(
+                    log,
+                    f"step {done} loss {mean:.5f} grad {norm:.3f} it/s {speed:.2f} images/s {speed * len(x):.0f} "
+                    f"minutes left {(steps - done) / speed / 60:.1f}",
+                )
+                since, seen = done, torch.zeros(2, device=device)
+            if saves:
+                save_checkpoint(out / "ckpt.pt", config, net, ema, optimizer, done)
+            picture(done)
+            began = time.time() if since == done else began  # speed without pictures
+            if saves and stop and done < steps:
+                raise Stopped(stop[0], f"stopped at step {done}, which is saved; {again} goes on")
+        say(log, f"done: {out / 'ckpt.pt'} and the pictures beside it; next: python sample.py --ckpt {out / 'ckpt.pt'}")
 
 
-def say(out, line):
-    """A line to the terminal and to the run's log."""
-    print(line, flush=True)
-    with open(out / "log.txt", "a") as f:
-        f.write(line + "\n")
+def say(log, line):
+    """A line to the terminal and to the run's log; where one is lost or full, the other goes on."""
+    with suppress(OSError, ValueError):
+        print(line, flush=True)
+    with suppress(OSError):
+        log.write(f"{line}\n".encode(errors="backslashreplace"))
+
+
+class Stopped(BaseException):
+    """A signal: its number, and what to tell the user."""
+
+
+@contextmanager
+def signals(handler):
+    """Within, SIGINT, SIGTERM and SIGHUP go to handler(number, frame), but those that are ignored (nohup)."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    is_main = threading.current_thread() is threading.main_thread()
+    old = {n: signal.signal(n, handler) for n in numbers if is_main and signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, former in old.items():
+            signal.signal(number, former)
 
 
 def run(body):
-    """Runs a script's body; a user's mistake becomes one line on stderr and a non-zero exit status."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    """Runs a script's body: a mistake, a lack of memory or a signal is one line on stderr and an exit status not 0."""
+
+    def stopped(number, _):
+        raise Stopped(number, "stopped: nothing was written")
+
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {data.why(message)}\n"
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # what the terminal's encoding lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
-        body()
-    except (data.DataError, ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on from the last checkpoint")
+        with signals(stopped):
+            body()
+    except (data.UserError, ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as e:
+        lacks = isinstance(e, MemoryError) or "memory" in str(e)
+        sys.exit(f"error: {'out of memory, lower --batch, --width or --n: ' if lacks else ''}{data.why(e)}")
+    except Stopped as e:
+        with suppress(OSError, ValueError):
+            print(e.args[1], file=sys.stderr, flush=True)
+        sys.exit(128 + e.args[0])
+    finally:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # a lost terminal must not change the exit status
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def main(argv=None):

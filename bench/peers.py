@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -89,13 +90,21 @@ def register():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# EDM on a denoiser checkpoint; m0 is unit noise (B, C, ...), process any with its sigma_data
+# The field's samplers on a denoiser checkpoint; m0 is unit noise (B, C, ...), process any with its sigma_data.
+#
+# With y = x + sigma noise and D = E[x | y] the flow is dy = eps dsigma, eps = (y - D) / sigma, which is the same as
+# d(y / sigma) = D d(1 / sigma). A multistep sampler puts a polynomial through the last few eps or D, in one clock or
+# another, and integrates it. All of them but Heun's end in the denoised image of the last call, a first-order step to
+# sigma = 0: for those that leave y at sigma_min instead it is the better end, and costs them no step.
 
 
 def powers(n, first, last, rho=7.0):
-    """n numbers from first to last, even in their (1/rho)-th power; EDM's noise levels."""
+    """n numbers from first to last, even in their (1/rho)-th power; EDM's noise levels. rho = inf: in the logarithm."""
+    u = [i / max(n - 1, 1) for i in range(n)]
+    if rho == math.inf:
+        return [first * (last / first) ** v for v in u]
     a, b = first ** (1 / rho), last ** (1 / rho)
-    return [(a + i / max(n - 1, 1) * (b - a)) ** rho for i in range(n)]
+    return [(a + v * (b - a)) ** rho for v in u]
 
 
 def edm_denoise(process, net, y, sigma):
@@ -103,9 +112,9 @@ def edm_denoise(process, net, y, sigma):
     return agm_ref.precondition(process, net, y / sigma, snr)
 
 
-def edm_heun(process, net, m0, nfe, sigma_max=80.0, sigma_min=0.002):
+def edm_heun(process, net, m0, nfe, sigma_max=80.0, sigma_min=0.002, rho=7.0):
     """Two calls a step but one in the last, to sigma = 0; of an even nfe one call is not used."""
-    sigmas = [*powers((nfe + 1) // 2, sigma_max, sigma_min), 0.0]
+    sigmas = [*powers((nfe + 1) // 2, sigma_max, sigma_min, rho), 0.0]
     y = sigmas[0] * m0
     for s, s_next in pairwise(sigmas):
         d = (y - edm_denoise(process, net, y, s)) / s
@@ -116,16 +125,89 @@ def edm_heun(process, net, m0, nfe, sigma_max=80.0, sigma_min=0.002):
     return y
 
 
-def edm_dpm(process, net, m0, nfe, sigma_max=80.0, sigma_min=0.002):
-    """DPM-Solver++(2M), one call a step; the last call's denoised image is the result."""
-    sigmas, past = powers(nfe, sigma_max, sigma_min), None
-    y = sigmas[0] * m0
-    for s, s_next in pairwise(sigmas):
-        d, h = edm_denoise(process, net, y, s), math.log(s / s_next)
-        D = d if past is None else d + h / (2 * past[0]) * (d - past[1])
-        past = (h, d)
-        y = s_next / s * y - math.expm1(-h) * D
-    return edm_denoise(process, net, y, sigmas[-1])
+def multistep(process, net, m0, nfe, step, order, first=None, correct=False, sigma_max=80.0, sigma_min=0.002, rho=7.0):
+    """One call a step, y <- step(y, sigma, next sigma, [(sigma, D, eps) of the last `order` calls, newest last]).
+
+    first(y, sigma): a first D that costs no call, so that there is one step more. correct: UniPC's corrector, which
+    repeats the step that led to y with the D found there as a further node; D itself stays, so it costs no call.
+    """
+    sigmas, past = powers(nfe + bool(first), sigma_max, sigma_min, rho), []
+    y = before = sigmas[0] * m0
+    for s, s_next in pairwise([*sigmas, None]):
+        D = first(y, s) if first and not past else edm_denoise(process, net, y, s)
+        if correct and past:
+            y = step(before, past[-1][0], s, [*past, (s, D, None)])
+        past = [*past, (s, D, (y - D) / s)][-order:]
+        if s_next:
+            before, y = y, step(y, s, s_next, past)
+    return D
+
+
+def basis(nodes, u):
+    """The Lagrange polynomial of each node at u."""
+    return [math.prod((u - s) / (t - s) for s in nodes if s != t) for t in nodes]
+
+
+def integrals(nodes, a, b, density):
+    """The integral from a to b of density(u) times each node's Lagrange polynomial, by Gauss-Legendre."""
+    x, w = np.polynomial.legendre.leggauss(32)
+    u = (a + b) / 2 + (b - a) / 2 * x
+    return [float((b - a) / 2 * (w * density(u) * polynomial).sum()) for polynomial in basis(nodes, u)]
+
+
+def data_step(y, s, s_next, past):
+    """DPM-Solver++ (multistep) and UniPC: D is a polynomial in lambda = -log sigma, and 1 / sigma = e^lambda.
+
+    Exact but for two nodes, of which both take the value at mid-step: that is (2M), and UniPC with B(h) = e^h - 1.
+    (DPM-Solver++'s published code halves the curvature of its (3M), which makes it second order.)
+    """
+    nodes, a, b = [-math.log(sigma) for sigma, *_ in past], -math.log(s), -math.log(s_next)
+    if len(past) == 2:
+        weights = [(1 / s_next - 1 / s) * polynomial for polynomial in basis(nodes, (a + b) / 2)]
+    else:
+        weights = integrals(nodes, a, b, np.exp)
+    return s_next * (y / s + sum(w * D for w, (_, D, _) in zip(weights, past, strict=True)))
+
+
+def deis_step(y, s, s_next, past):
+    """DEIS, tAB: eps is a polynomial in the time t of the VP process, sigma^2 = e^B - 1, B = .1 t + 19.9 t^2 / 2."""
+
+    def time(sigma):
+        return (math.sqrt(0.1**2 + 2 * 19.9 * math.log1p(sigma**2)) - 0.1) / 19.9
+
+    def rate(t):  # dsigma/dt
+        B = 0.1 * t + 19.9 * t**2 / 2
+        return (0.1 + 19.9 * t) * np.exp(B) / (2 * np.sqrt(np.expm1(B)))
+
+    weights = integrals([time(sigma) for sigma, *_ in past], time(s), time(s_next), rate)
+    return y + sum(w * eps for w, (*_, eps) in zip(weights, past, strict=True))
+
+
+ADAMS = {1: [1], 2: [-1 / 2, 3 / 2], 3: [5 / 12, -16 / 12, 23 / 12], 4: [-9 / 24, 37 / 24, -59 / 24, 55 / 24]}
+
+
+def ipndm_step(y, s, s_next, past):
+    """iPNDM: Adams-Bashforth in sigma as if the steps were equal; of full order if they are, else of second."""
+    return y + (s_next - s) * sum(w * eps for w, (*_, eps) in zip(ADAMS[len(past)], past, strict=True))
+
+
+def analytic(y, s):
+    """The first step without a call (AFS): eps = y / sqrt(1 + sigma^2), that of data of unit variance."""
+    return y - s * y / math.sqrt(1 + s**2)
+
+
+edm_dpm2 = partial(multistep, step=data_step, order=2)
+edm_dpm3 = partial(multistep, step=data_step, order=3)
+unipc2 = partial(multistep, step=data_step, order=2, correct=True)
+unipc3 = partial(multistep, step=data_step, order=3, correct=True)
+deis = partial(multistep, step=deis_step, order=4)  # tAB3: a cubic, so four calls
+ipndm3 = partial(multistep, step=ipndm_step, order=3)
+ipndm4 = partial(multistep, step=ipndm_step, order=4)
+
+
+def unipc2_mean(process, net, m0, nfe, data_mean=0.0, **grid):
+    """UniPC-2 with the free first node of our `ode`: at sigma_max the data's mean is the prediction."""
+    return unipc2(process, net, m0, nfe, first=lambda y, s: torch.zeros_like(y) + data_mean, **grid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +238,7 @@ PEERS = {  # name: (net, sampler, grids)
     "FM, midpoint": ("fm", fm_midpoint, FM_GRIDS),
     "FM, Adams-Bashforth 2": ("fm", fm_adams_bashforth, FM_GRIDS),
     "EDM, Heun": ("denoiser", edm_heun, EDM_GRIDS),
-    "EDM, DPM-Solver++(2M)": ("denoiser", edm_dpm, EDM_GRIDS),
+    "EDM, DPM-Solver++(2M)": ("denoiser", edm_dpm2, EDM_GRIDS),
     "VP, DDIM": ("hold1", ddim, DDIM_GRIDS),
 }
 

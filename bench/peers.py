@@ -1,19 +1,21 @@
-"""What points.py and images.py share: the peers, under the same names as in agm_ref.py, and the comparison.
+"""What points.py, images.py and digits.py share: the peers, under the same names as in agm_ref.py, and the comparison.
 
 Flow matching trains its own network, with torchcfm's loss (`pip install torchcfm`): `register()` makes it a --method of
-train.py. EDM's samplers run on the very denoiser that AGM and HOLD run on, and DDIM on the noise network of HOLD of
-order 1, which is the VP process.
+train.py. EDM's Heun, DPM-Solver++, UniPC, DEIS and iPNDM run on the very denoiser that AGM and HOLD run on, and DDIM on
+the noise network of HOLD of order 1, which is the VP process.
 """
 
+import inspect
 import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -94,8 +96,7 @@ def register():
 #
 # With y = x + sigma noise and D = E[x | y] the flow is dy = eps dsigma, eps = (y - D) / sigma, which is the same as
 # d(y / sigma) = D d(1 / sigma). A multistep sampler puts a polynomial through the last few eps or D, in one clock or
-# another, and integrates it. All of them but Heun's end in the denoised image of the last call, a first-order step to
-# sigma = 0: for those that leave y at sigma_min instead it is the better end, and costs them no step.
+# another, and integrates it.
 
 
 def powers(n, first, last, rho=7.0):
@@ -125,15 +126,21 @@ def edm_heun(process, net, m0, nfe, sigma_max=80.0, sigma_min=0.002, rho=7.0):
     return y
 
 
-def multistep(process, net, m0, nfe, step, order, first=None, correct=False, sigma_max=80.0, sigma_min=0.002, rho=7.0):
+def multistep(
+    process, net, m0, nfe, step, order, first=None, correct=False, last=True, sigma_max=80.0, sigma_min=0.002, rho=7.0
+):
     """One call a step, y <- step(y, sigma, next sigma, [(sigma, D, eps) of the last `order` calls, newest last]).
 
     first(y, sigma): a first D that costs no call, so that there is one step more. correct: UniPC's corrector, which
     repeats the step that led to y with the D found there as a further node; D itself stays, so it costs no call.
+    last: the result is D of a call at sigma_min, a first-order step to sigma = 0, as in DPM-Solver++ and UniPC; else it
+    is y at sigma_min, as in DEIS and iPNDM, and saves that call. The first is better once sigma_min is well chosen.
     """
-    sigmas, past = powers(nfe + bool(first), sigma_max, sigma_min, rho), []
+    sigmas, past = powers(nfe + bool(first) + (not last), sigma_max, sigma_min, rho), []
     y = before = sigmas[0] * m0
     for s, s_next in pairwise([*sigmas, None]):
+        if not (last or s_next):
+            return y
         D = first(y, s) if first and not past else edm_denoise(process, net, y, s)
         if correct and past:
             y = step(before, past[-1][0], s, [*past, (s, D, None)])
@@ -196,13 +203,11 @@ def analytic(y, s):
     return y - s * y / math.sqrt(1 + s**2)
 
 
-edm_dpm2 = partial(multistep, step=data_step, order=2)
-edm_dpm3 = partial(multistep, step=data_step, order=3)
-unipc2 = partial(multistep, step=data_step, order=2, correct=True)
-unipc3 = partial(multistep, step=data_step, order=3, correct=True)
+dpm2, dpm3 = (partial(multistep, step=data_step, order=k) for k in (2, 3))
+unipc2, unipc3 = (partial(multistep, step=data_step, order=k, correct=True) for k in (2, 3))
 deis = partial(multistep, step=deis_step, order=4)  # tAB3: a cubic, so four calls
-ipndm3 = partial(multistep, step=ipndm_step, order=3)
-ipndm4 = partial(multistep, step=ipndm_step, order=4)
+ipndm3, ipndm4 = (partial(multistep, step=ipndm_step, order=k) for k in (3, 4))
+deis_afs, ipndm3_afs, ipndm4_afs = (partial(sampler, first=analytic) for sampler in (deis, ipndm3, ipndm4))
 
 
 def unipc2_mean(process, net, m0, nfe, data_mean=0.0, **grid):
@@ -230,34 +235,69 @@ def ddim(process, net, m0, nfe, rho=1.0, t_end=0.01):
 
 NETS = ["denoiser", "agm", "hold1", "hold2", "hold3", "hold4", "fm"]
 FM_GRIDS = [{"rho": rho} for rho in (1.0, 1.5, 2.0)]
-EDM_GRIDS = [{"sigma_max": a, "sigma_min": b} for a in (80.0, 10.0) for b in (0.002, 0.02, 0.1)]
-ODE_GRIDS = [{"rho": rho, "order": order} for rho in (1.0, 1.4, 2.0) for order in (2, 3)]
 DDIM_GRIDS = [{"rho": rho, "t_end": end} for rho in (1.0, 2.0) for end in (0.001, 0.01)]
-PEERS = {  # name: (net, sampler, grids)
-    "FM, Euler": ("fm", fm_euler, FM_GRIDS),
-    "FM, midpoint": ("fm", fm_midpoint, FM_GRIDS),
-    "FM, Adams-Bashforth 2": ("fm", fm_adams_bashforth, FM_GRIDS),
-    "EDM, Heun": ("denoiser", edm_heun, EDM_GRIDS),
-    "EDM, DPM-Solver++(2M)": ("denoiser", edm_dpm2, EDM_GRIDS),
-    "VP, DDIM": ("hold1", ddim, DDIM_GRIDS),
+ODE_GRIDS = [{"rho": rho, "end": end} for rho in (1.0, 1.4, 2.0) for end in (2.0, 3.0, 5.0)]
+SIGMA_GRIDS = [  # Karras's grids, and grids even in log SNR
+    {"sigma_max": a, "sigma_min": b, "rho": rho}
+    for rho, ends in ((7.0, (0.002, 0.02, 0.1)), (math.inf, (0.02, 0.05, 0.1)))
+    for a in (80.0, 10.0)  # from 10 fewer steps do, but the prior is wrong: the flow of other samples
+    for b in ends
+]
+STATE = {"last": False}  # where DEIS and iPNDM stop by themselves
+PEERS = {  # name: (net, sampler, its field's default, grids)
+    "FM, Euler": ("fm", fm_euler, {}, FM_GRIDS),
+    "FM, midpoint": ("fm", fm_midpoint, {}, FM_GRIDS),
+    "FM, Adams-Bashforth 2": ("fm", fm_adams_bashforth, {}, FM_GRIDS),
+    "EDM, Heun": ("denoiser", edm_heun, {}, SIGMA_GRIDS),
+    "EDM, DPM-Solver++(2M)": ("denoiser", dpm2, {}, SIGMA_GRIDS),
+    "EDM, DPM-Solver++(3M)": ("denoiser", dpm3, {}, SIGMA_GRIDS),
+    "EDM, UniPC-2": ("denoiser", unipc2, {}, SIGMA_GRIDS),
+    "EDM, UniPC-3": ("denoiser", unipc3, {}, SIGMA_GRIDS),
+    "EDM, UniPC-2 from the mean": ("denoiser", unipc2_mean, {}, SIGMA_GRIDS),
+    "EDM, DEIS tAB3": ("denoiser", deis, STATE, SIGMA_GRIDS),
+    "EDM, DEIS tAB3 with AFS": ("denoiser", deis_afs, STATE, SIGMA_GRIDS),
+    "EDM, iPNDM-3": ("denoiser", ipndm3, STATE, SIGMA_GRIDS),
+    "EDM, iPNDM-4": ("denoiser", ipndm4, STATE, SIGMA_GRIDS),
+    "EDM, iPNDM-3 with AFS": ("denoiser", ipndm3_afs, STATE, SIGMA_GRIDS),
+    "EDM, iPNDM-4 with AFS": ("denoiser", ipndm4_afs, STATE, SIGMA_GRIDS),
+    "VP, DDIM": ("hold1", ddim, {}, DDIM_GRIDS),
 }
 
 
+class Contender(NamedTuple):
+    title: str
+    method: str | None  # None: a peer
+    order: int | None
+    sampler: Callable
+    grids: list  # options of the sampler; of several the best is taken
+    flow: bool = True  # follows the network's flow, without fresh noise
+
+
+def to_end(ode, process, net, m0, nfe, end, data_mean=0.0, **options):
+    """`ode` with its last call at noise of std 1 / (end nfe)."""
+    t = float(process.time(torch.tensor(end * nfe, dtype=torch.float64).log1p(), 1.0))
+    return ode(process, net, m0, nfe, t_end=max(t, getattr(process, "t_min", t)), data_mean=data_mean, **options)
+
+
 def contenders(kind, only):
-    """(name, method, order, sampler, grids) of all that samples with a net of this kind and has a part of `only` in its
-    name. The grids of ours are [{}], the default, but those of `best grid`."""
+    """All that sample with a net of this kind and have a part of `only` in their title. Each peer is there with its
+    field's default schedule and with the best of its grids, ours by default and as `best grid`."""
     processes = {"denoiser": [("agm", None), *(("hold", n) for n in (1, 2, 3, 4))], "agm": [("agm", None)], "fm": []}
     found = []
     for method, order in processes.get(kind) or ([("hold", int(kind[-1]))] if kind.startswith("hold") else []):
         title = f"{method.upper()}{order or ''} {'denoiser' if kind == 'denoiser' else 'paper'}"
         samplers = train.METHODS[method][0].SAMPLERS
         for name, sampler in samplers.items():
-            found.append((f"{title}, {name}", method, order, sampler, [{}]))
+            found.append(Contender(f"{title}, {name}", method, order, sampler, [{}], name in ("ode", "exponential")))
         if kind == "denoiser":
-            found.append((f"{title}, eta 1", method, order, partial(samplers["ode"], eta=1.0), [{}]))
-            found.append((f"{title}, best grid", method, order, samplers["ode"], ODE_GRIDS))
-    found += [(name, None, None, sampler, grids) for name, (net, sampler, grids) in PEERS.items() if net == kind]
-    return [c for c in found if any(part in c[0] for part in only)]
+            eta, best = partial(samplers["ode"], eta=1.0), partial(to_end, samplers["ode"])
+            found.append(Contender(f"{title}, eta 1", method, order, eta, [{}], False))
+            found.append(Contender(f"{title}, best grid", method, order, best, ODE_GRIDS))
+    for name, (net, sampler, default, grids) in PEERS.items():
+        if net == kind:
+            found.append(Contender(f"{name}, default", None, None, sampler, [default]))
+            found.append(Contender(f"{name}, best grid", None, None, sampler, grids))
+    return [c for c in found if any(part in c.title for part in only)]
 
 
 def checkpoint(out, kind, steps, options):
@@ -280,48 +320,74 @@ def checkpoint(out, kind, steps, options):
 
 
 @torch.no_grad()
-def draw(path, method, order, sampler, n, nfe, seed, grid, batch=5000, amp=False):
-    """n samples on the CPU, `batch` at a time."""
+def draw(path, method, order, sampler, n, nfe, seed, grid, batch=1000, amp=False):
+    """n samples on the CPU, `batch` at a time: the noise of the first is the same whatever n is."""
     config, _, process, net = restore(path, "cpu", method=method, order=order, amp=amp)
     prior = FM().prior if method is None and process.n > 1 else process.prior  # EDM's samplers start from plain noise
     generator, out = torch.Generator().manual_seed(seed), []
     torch.manual_seed(seed + 10**6)  # the noise of stochastic steps, which must not repeat that of m0
+    if "data_mean" in inspect.signature(sampler).parameters:
+        grid = {"data_mean": config.get("data_mean", 0.0), **grid}
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         for i in range(0, n, batch):
             m0 = prior((min(batch, n - i), *config["shape"]), generator)
             out.append(sampler(process, net, m0, nfe, **grid).float())
-    return torch.cat(out)
+    return torch.cat(out).clamp(-config["bound"], config["bound"])
+
+
+def converged(path, method, order, n, seed, batch=1000, amp=False, nfe=400):
+    """The first n samples again, from the same noise but along the network's own flow with so many calls that they no
+    longer move. Kept beside the checkpoint. The peers, whose m0 is the noise of y, share that of HOLD of order 1."""
+    if method is None:
+        method, order = ("fm", None) if train.load_checkpoint(path)["config"]["method"] == "fm" else ("hold", 1)
+    file = path.parent / f"flow-{method}{order or ''}-{seed}-{min(n, batch)}-{n}.pt"
+    if not file.exists():
+        ode = fm_midpoint if method == "fm" else train.METHODS[method][0].SAMPLERS["ode"]
+        x = draw(path, None if method == "fm" else method, order, ode, n, nfe, seed, {}, batch, amp)
+        torch.save(x, file)
+    return torch.load(file, weights_only=True)
+
+
+def distance(x, flow):
+    """Root mean square difference of samples from `converged` ones, per dimension."""
+    return float((x[: len(flow)] - flow).square().mean().sqrt())
 
 
 class Results(dict):
-    """{key: list of numbers}, kept in a file that parts of a run may share."""
+    """{key: list of numbers}, kept in a file that parts of a run may share; without a path, in memory."""
 
-    def __init__(self, path):
+    def __init__(self, path=None):
         self.path = path
         self.read()
 
     def read(self):
-        self.update(json.loads(self.path.read_text()) if self.path.exists() else {})
+        self.update(json.loads(self.path.read_text()) if self.path and self.path.exists() else {})
 
     def of(self, key, compute):
         if key not in self:
             self[key] = compute()
             self.read()
-            temporary = self.path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(self, indent=0))
-            temporary.replace(self.path)
+            if self.path:
+                temporary = self.path.with_suffix(f".{os.getpid()}")
+                temporary.write_text(json.dumps(self, indent=0))
+                temporary.replace(self.path)
         return self[key]
 
 
-def evaluate(contender, paths, nfes, n, measure, results, score, n_search=None, **options):
-    """{nfe: (grid, [numbers of every path])}. The grid has the lowest score with the first path, searched at every nfe
-    up to 20 with n_search samples; above, the grid of the nfe before."""
-    title, method, order, sampler, grids = contender
+def evaluate(contender, paths, nfes, n, measure, results, score, n_search=None, n_flow=2000, **options):
+    """{nfe: (grid, [numbers of every path])}, the numbers of `measure` and the distance of the first n_flow samples to
+    the converged flow. The grid has the lowest score with the first path, searched at every nfe up to 20 with n_search
+    samples; above, the grid of the nfe before."""
+    title, method, order, sampler, grids, flow = contender
+
+    def numbers(nfe, grid, seed, n):
+        x = draw(paths[seed], method, order, sampler, n, nfe, seed, grid, **options)
+        if not flow:
+            return [*measure(x), math.nan]
+        return [*measure(x), distance(x, converged(paths[seed], method, order, min(n, n_flow), seed, **options))]
 
     def run(nfe, grid, seed, n):
-        key = f"{title} | {nfe} | {grid} | {seed} | {n}"
-        sample = partial(draw, paths[seed], method, order, sampler, n, nfe, seed, grid, **options)
-        return results.of(key, lambda: measure(sample()))
+        return results.of(f"{title} | {nfe} | {grid} | {seed} | {n}", lambda: numbers(nfe, grid, seed, n))
 
     row, grid = {}, grids[0]
     for nfe in sorted(nfes):
@@ -335,11 +401,13 @@ def table(rows, nfes, i):
     """Markdown: the i-th number of every contender at every nfe, mean over the networks."""
     print("| contender |" + "".join(f" {nfe} |" for nfe in nfes) + "\n|---|" + "---|" * len(nfes))
     for title, row in rows.items():
-        print(f"| {title} |" + "".join(f" {torch.tensor(row[k][1])[:, i].mean():.4f} |" for k in nfes), flush=True)
+        means = [float(torch.tensor(row[nfe][1])[:, i].mean()) for nfe in nfes]
+        if not all(math.isnan(v) for v in means):
+            print(f"| {title} |" + "".join(f" {v:.4f} |" for v in means), flush=True)
 
 
 def grids_used(rows):
     print("\nbest grids:")
     for title, row in rows.items():
-        if any(grid for grid, _ in row.values()):
+        if "best" in title:
             print(f"  {title}: { {nfe: grid for nfe, (grid, _) in row.items()} }")

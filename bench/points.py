@@ -5,9 +5,9 @@
     python bench/points.py --data spiral --nets denoiser --only "AGM denoiser, ode" EDM --seeds 1 --n 2500 --nfe 5 10
 
 Every network is the same 20 x 128 MLP with the same 6,000 updates of 512 fresh points (train.py's preset), --seeds
-times.
-`denoiser` is one network, sampled by AGM, HOLD of every order and the field's samplers (`EDM, ...`). `agm`, `hold1` ... `hold4` learn what
-their papers say, `fm` is flow matching with torchcfm's loss, `hold1` with DDIM stands for VP.
+times. `denoiser` is one network, sampled by AGM, HOLD of every order and the field's samplers (`EDM, ...`). `agm`,
+`hold1` ... `hold4` learn what their papers say, `fm` is flow matching with torchcfm's loss, `hold1` with DDIM stands
+for VP.
 
 sharpness  mean distance from a sample to the nearest of 10,000 data points: blur and strays
 coverage   mean distance from a data point to the nearest sample: what is missing
@@ -40,7 +40,7 @@ NFES = [4, 5, 6, 8, 10, 20, 50, 100]
 
 
 def measure(x, points):
-    """Sharpness, coverage and sliced W2 of samples x (N, 2) against points (M, 2), of which W2 takes a multiple of N."""
+    """Sharpness, coverage and sliced W2 of samples x (N, 2) against points (M, 2), M at least N."""
     near = torch.cat([torch.cdist(part, points).min(1).values for part in x.split(1000)])
     far = torch.cat([torch.cdist(part, x).min(1).values for part in points.split(1000)])
     angles = torch.arange(100) * math.pi / 100

@@ -1,149 +1,158 @@
-"""HOLD, high-order Langevin dynamics, in one file: equations -> process -> loss -> samplers -> likelihood.
+"""HOLD, high-order Langevin dynamics, in one file: process -> target and loss -> denoiser -> samplers -> likelihood.
 
-Paper: "Generative Modelling with High-Order Langevin Dynamics" (Shi & Liu, arXiv 2404.12814); it has no public code,
-and the defaults here are ours. Order n = 1 is the OU (VP) process, 2 is CLD, 3 is HOLD.
+"Generative Modelling with High-Order Langevin Dynamics", Shi & Liu, 2024, arXiv 2404.12814. The authors published no
+code: the defaults are ours. Order n = 1 is the OU (VP) process, 2 is critically damped Langevin (CLD), 3 is HOLD.
 
-Data q is coupled to n - 1 auxiliary blocks, m = (q, p, s, ...), and noise enters the last block only:
+1. The process. The data q drive a chain of auxiliary blocks, m = (q, p, s, ...); noise enters the last block only:
 
     dm = F m dt + sqrt(2 xi L_inv) e_n dW,    F = sum_i gamma_i (E_{i,i+1} - E_{i+1,i}) - xi E_{nn}
     from m = (x, N(0, alpha L_inv), ...) at t = 0 to N(0, L_inv I) at T, stationary as F + F^T = -2 xi E_{nn}
 
-Given x the state is Gaussian, m = mean x + L eps. In whitened coordinates z = L^-1 m it reads
+Critical damping, the default: gamma and xi for which all eigenvalues of F are lam = -sqrt(2n - 3) (n = 1: -1). Then
+(F - lam I)^n = 0, and exp(F t) = e^{lam t} sum_{k<n} (F - lam I)^k t^k / k! is a finite sum.
+Given x the state is Gaussian: m = mean x + L eps, eps ~ N(0, I), with mean = exp(F t) e_1 and, as L_inv I is
+stationary, L L^T = L_inv I + exp(F t) (S0 - L_inv I) exp(F t)^T, S0 = cov(0).
 
-    z = kappa x + eps,    kappa = L^-1 mean,    SNR = |kappa|^2,    eps_n = z_n - kappa_n x,
+2. The target is eps_n, the noise of the last block (BCSM): the reverse SDE needs the score of that block only, and it
+is -eps_n / L_nn. Regression on m gives E[eps_n | m], and as eps_n = w . m - kappa_n x this is a prediction of x, and
+back.
 
-so a prediction of eps_n is a prediction of x and back (`hop`, `noise`), and the score of the last block, the only one
-that is needed, is -eps_n / L_nn. All that m tells of x is one mirror of it,
+3. A denoiser will do. y = mean^T cov^-1 m / SNR, SNR = mean^T cov^-1 mean, is a sufficient statistic: m depends on x
+only through it. It is x + sigma noise, sigma = SNR^-1/2, so E[x | m] = E[x | y]: one network serves every process.
 
-    y = x + sigma noise,    sigma = SNR^-1/2,    E[x | m] = E[x | y],
-
-so instead of eps_n the network may learn to denoise y (param = "denoiser"); that network then serves every process and
-order. Two ways back, t falling:
+4. Samplers, t falling. Reversed, the drift F m becomes -F m + 2 xi L_inv e_n grad_n log p, and -F = F^T + 2 xi E_{nn}:
 
     SDE    dm = (F^T m + 2 xi e_n f) |dt| + sqrt(2 xi L_inv) e_n dW,    f = m_n + L_inv grad_n log p(m)
-    ODE    dz = E[x | m] dkappa        (given x, z moves with kappa and eps stands still; average over x)
+    ODE    dz = E[x | m] dkappa    in    z = L^-1 m = kappa x + eps: given x the noise eps stands still
 
-The ODE has the SDE's marginals. It is the probability flow for n = 1, and for n > 1 up to a rotation of eps, which a
-Gaussian does not notice: the probability flow turns the faster the higher the order, this one not at all.
+The ODE has the SDE's marginals. It is the probability flow for n = 1, and for n > 1 up to a rotation of eps.
 
-    symbol     name here            meaning
-    m          m                    state cat(q, p, s, ...) on axis 1: (B, n C, H, W) or (B, n D)
-    gamma, xi  HOLD.gamma, HOLD.xi  rotation speeds and friction; None is critical damping
-    L_inv      HOLD.L_inv           prior variance of every block; alpha L_inv is that of the auxiliaries at t = 0
-    F          drift()              (n, n)       drift matrix; transition(t) is exp(F t)
-    mu_t       mean(t)              (..., n)     mean of the blocks per unit of x
-    Sigma_t    cov(t)               (..., n, n)  covariance of the blocks given x
-    L_t        cholesky(t)          (..., n, n)  lower factor of Sigma_t
-    kappa      kappa(t)             (..., n)     L^-1 mean; |kappa|^2 is snr(t)
-    lambda     clock(t, R)          (...)        log(1 + R sqrt(SNR)): training times and grids are even in it
-    y          project(t)           w (..., n) and SNR (...) with y / sigma = w . m
-    eps_theta  net(m, t)            "paper": what the network learns, net(m, t, label) -> (B, C, ...), t of shape (B,)
-    D          precondition()       "denoiser": E[x | y] from net(c_in y, sigma / (1 + sigma), label)
+    symbol     here           shape         meaning
+    m          m              (B, nC, ...)  state cat(q, p, ...); x has (B, C, ...), images in [-1, 1], points about 1
+    gamma, xi  damping        (n - 1,), ()  rotation speeds, friction
+    L_inv      HOLD.L_inv     ()            prior variance of every block; alpha L_inv: of the auxiliaries at t = 0
+    F          drift()        (n, n)        drift matrix; transition(t) is exp(F t)
+    mu         mean(t)        (..., n)      mean of the blocks per unit of x
+    Sigma, L   cov, cholesky  (..., n, n)   covariance of the blocks given x, and its lower factor
+    kappa      kappa(t)       (..., n)      L^-1 mean; |kappa|^2 is the SNR
+    lambda     clock(t, R)    (...)         log(1 + R sqrt(SNR)), in which training times and steps are even
+    eps_theta  net            (B, C, ...)   param = "paper": net(m, t, label), t of shape (B,)
+    D          precondition   (B, C, ...)   param = "denoiser": E[x | y] from net(c_in y, c_noise, label)
 
-Coefficients are float64 tensors on the CPU whatever the state is; only their product with the state takes its dtype and
-device (`mix`). Data have unit scale: images in [-1, 1].
+Coefficients are float64 on the CPU; `mix` and `each` alone bring them to the dtype and the device of the state.
 """
 
 import math
+import operator
 import warnings
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar
 
 import torch
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Process
+# 1. The process
 
 
 @dataclass(frozen=True)
 class HOLD:
-    """The forward process. HOLD() is order 3 at critical damping; `gamma` and `xi` then hold the numbers in use.
+    """The forward process; HOLD() has order 3 at critical damping. Times are numbers or tensors of any shape, >= 0.
 
-    Times are numbers or tensors of any shape (...), at least 0; a ValueError says so otherwise.
-    snr_max: training and sampling stop at noise of std .005 on the data, below one 8-bit grey level (2/255); the last
-    call's hop takes that away too. It also keeps every order's t_min where `cholesky` is right to 1e-9.
+    snr_max: training and sampling stop at noise of std .005 on the data, below one 8-bit grey level (2/255), which the
+    last prediction takes away. From there on `cholesky` is right to 1e-9 at every order allowed.
     """
 
-    order: int = 3  # n, blocks of the state
+    order: int = 3  # n, blocks of the state, 1 to 8
     gamma: tuple | None = None  # n - 1 rotation speeds, > 0; None: critical damping
     xi: float | None = None  # friction, > 0; None: critical damping
     L_inv: float = 1.0  # prior variance of every block, > 0
     alpha: float = 0.04  # the auxiliary blocks start with variance alpha L_inv, > 0
-    T: float = 6.0  # last time of training and first of every sampler; SNR(T) < 1e-3 for all critical orders
-    snr_max: float = 4e4  # SNR of t_min, first time of training and the latest a sampler may ask the network about
+    T: float = 6.0  # last time of training and first of every sampler; SNR(T) < 1e-3 at critical damping
+    snr_max: float = 4e4  # SNR at t_min, first time of training and last of every sampler
     bound: float = math.inf  # largest |x| of the data (images: 1); data predictions are kept within it
-    param: str = "paper"  # what the network learns: eps_n from m ("paper"), or x from y ("denoiser")
-    sigma_data: float = 0.5  # standard deviation of the data, for the denoiser and for the grid of `ode`
+    param: str = "denoiser"  # what the network learns: x from y, or eps_n from m ("paper")
+    sigma_data: float = 0.5  # standard deviation of the data
     R: ClassVar[float] = 10.0  # of the clock that an eps-network is trained in, and the SDE samplers step in
     t_data: ClassVar[float] = 0.0  # where on the time axis the data are
 
     def __post_init__(self):
-        if not (isinstance(self.order, int) and self.order >= 1):
-            raise ValueError(f"order counts blocks of the state and must be an integer >= 1, got {self.order}")
-        gamma, xi = self.critical()
-        object.__setattr__(self, "gamma", gamma if self.gamma is None else tuple(self.gamma))
-        object.__setattr__(self, "xi", xi if self.xi is None else self.xi)
-        if len(self.gamma) != self.n - 1:
-            raise ValueError(f"order {self.n} wants {self.n - 1} values of gamma (None: critical), got {self.gamma}")
-        if not all(0 < v < math.inf for v in (*self.gamma, self.xi, self.L_inv, self.alpha, self.T, self.snr_max)):
+        if isinstance(self.order, bool) or not hasattr(self.order, "__index__") or not 1 <= self.order <= 8:
+            raise ValueError(f"order counts blocks of the state and must be an integer from 1 to 8, got {self.order}")
+        gamma, xi = self.damping
+        if len(gamma) != self.n - 1:
+            raise ValueError(f"order {self.n} wants {self.n - 1} values of gamma (None: critical), got {gamma}")
+        if not all(0 < v < math.inf for v in (*gamma, xi, self.L_inv, self.alpha, self.T, self.snr_max)):
             raise ValueError(f"HOLD wants gamma, xi, L_inv, alpha, T and snr_max positive and finite, got {self}")
-        if not (self.bound > 0 and self.sigma_data > 0 and self.param in ("paper", "denoiser")):
+        if not (self.bound > 0 and 0 < self.sigma_data < math.inf and self.param in ("paper", "denoiser")):
             raise ValueError(f"HOLD wants bound > 0, sigma_data > 0 and param 'paper' or 'denoiser', got {self}")
         snr = float(self.snr(self.T))
         if not 0 < snr < self.snr_max:
             fix = "raise T" if snr else "lower T"
             raise ValueError(f"SNR at T={self.T} must be above 0 and below snr_max={self.snr_max:g}, is {snr:g}: {fix}")
         if snr > 1e-2:  # the prior would miss that much of the data
-            T = self.time_of(1e-3)
+            T = self.time_of_snr(1e-3)
             warnings.warn(
                 f"SNR at T={self.T} is {snr:.2g}, so the prior is off: use T={T:.2f} (SNR 1e-3)", stacklevel=3
             )
 
     @property
     def n(self):
-        return self.order
+        """Blocks of the state."""
+        return operator.index(self.order)
 
     @property
     def t_range(self):
         """First and last time a network is asked about."""
         return self.t_min, self.T
 
+    @property
     def critical(self):
-        """gamma and xi at which all n eigenvalues of the drift are equal, -sqrt(2n - 3) (n = 1: -1)."""
-        n, lam2 = self.order, max(2 * self.order - 3, 1)
+        """gamma (n - 1,) and xi at which all n eigenvalues of the drift are equal."""
+        n, lam2 = self.n, max(2 * self.n - 3, 1)
         gamma = [math.sqrt(lam2 * (n**2 - i**2) / (4 * i**2 - 1)) for i in range(n - 1, 0, -1)]
         return tuple(gamma), n * math.sqrt(lam2)
 
+    @property
+    def damping(self):
+        """gamma (n - 1,) and xi in use."""
+        gamma, xi = self.critical
+        return gamma if self.gamma is None else tuple(self.gamma), xi if self.xi is None else self.xi
+
+    @property
+    def is_critical(self):
+        return self.damping == self.critical
+
     def drift(self):
         """(n, n): F."""
-        G = torch.diag(torch.tensor(self.gamma, dtype=torch.float64), 1)
+        gamma, xi = self.damping
+        G = torch.diag(torch.tensor(gamma, dtype=torch.float64), 1)
         F = G - G.mT
-        F[-1, -1] = -self.xi
+        F[-1, -1] = -xi
         return F
 
-    def transition(self, t):
-        """(..., n, n): exp(F t), at critical damping the finite sum e^{lam t} sum_k (F - lam I)^k t^k / k!, k < n."""
+    def transition(self, t, columns=slice(None)):
+        """(..., n, n), or only its columns: exp(F t)."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")[..., None, None]
         if not ((t >= 0) & (t < math.inf)).all():
             raise ValueError(f"HOLD time runs from 0 (data) to T (prior), got {t.min():g} to {t.max():g}")
-        if (self.gamma, self.xi) != self.critical():
-            return torch.linalg.matrix_exp(self.drift() * t)
-        lam, eye = -self.xi / self.n, torch.eye(self.n, dtype=torch.float64)
-        term, total = eye, eye
+        if not self.is_critical:
+            return torch.linalg.matrix_exp(self.drift() * t)[..., columns]
+        lam, eye = -self.damping[1] / self.n, torch.eye(self.n, dtype=torch.float64)
+        power = total = eye[:, columns]
         for k in range(1, self.n):
-            term = term @ (self.drift() - lam * eye) * t / k
-            total = total + term
+            power = (self.drift() - lam * eye) @ power
+            total = total + power * t**k / math.factorial(k)
         return torch.exp(lam * t) * total
 
     def mean(self, t):
-        """(..., n): mean of the blocks per unit of x."""
-        return self.transition(t)[..., 0]
+        """(..., n): exp(F t) e_1."""
+        return self.transition(t, [0])[..., 0]
 
     def cov(self, t):
-        """(..., n, n): covariance of the blocks given x, L_inv I + exp(F t) (S0 - L_inv I) exp(F t)^T."""
-        L = self.cholesky(t)  # from the factor, which keeps the digits at small t
+        """(..., n, n): L L^T, from the factor, which keeps the digits at small t."""
+        L = self.cholesky(t)
         return L @ L.mT
 
     def cholesky(self, t):
@@ -161,80 +170,64 @@ class HOLD:
         return torch.where(is_late, torch.linalg.cholesky(self.L_inv * eye + rest * is_late), early)
 
     def diffusion(self, t):
-        """(..., n, K): Q with Q Q^T = 2 xi L_inv int_0^t exp(F s) e_n e_n^T exp(F s)^T ds, a column per node s."""
-        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")[..., None]
-        turns = 0 if (self.gamma, self.xi) == self.critical() else torch.linalg.matrix_norm(self.drift(), 2) * t.max()
-        s, ds = gauss_legendre(0.0, 1.0, 40 + int(turns))
-        return self.transition(t * s)[..., -1].mT * (2 * self.xi * self.L_inv * t * ds).sqrt()[..., None, :]
+        """(..., n, K): Q with Q Q^T = 2 xi L_inv int_0^t exp(F s) e_n e_n^T exp(F s)^T ds, a column per node s.
 
-    def whiten(self, t):
-        """L (..., n, n) and kappa = L^-1 mean (..., n)."""
-        L = self.cholesky(t)
-        return L, torch.linalg.solve_triangular(L, self.mean(t)[..., None], upper=False)[..., 0]
+        40 nodes resolve a step of |F| t <= 16; longer times are reached by doubling, Q(2t) Q(2t)^T = exp(F t) Q Q^T
+        exp(F t)^T + Q Q^T.
+        """
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        turns = 0 if self.is_critical else float(torch.linalg.matrix_norm(self.drift(), 2) * t.max())
+        doublings = max(0, math.ceil(math.log2(max(turns, 1) / 16)))
+        t = t / 2**doublings
+        s, ds = gauss_legendre(0.0, 1.0, 40)
+        columns = self.transition(t[..., None] * s, [-1])[..., 0].mT
+        Q = columns * (2 * self.damping[1] * self.L_inv * t[..., None] * ds).sqrt()[..., None, :]
+        for i in range(doublings):
+            Q = lower(torch.cat([self.transition(t * 2**i) @ Q, Q], -1))
+        return Q
 
     def kappa(self, t):
         """(..., n): L^-1 mean."""
-        return self.whiten(t)[1]
-
-    def kappa_rate(self, t):
-        """(..., n): d kappa / dt, from mean' = F mean and L' = L P, P the lower half of L^-1 cov' L^-T."""
-        L, e_n = self.cholesky(t), torch.eye(self.n, dtype=torch.float64)[-1]
-        G = torch.linalg.solve_triangular(L, self.drift() @ L, upper=False)
-        P = G + G.mT + torch.diag(e_n) * (2 * self.xi * self.L_inv / L[..., -1:, -1:] ** 2)
-        P = P.tril() - torch.diag_embed(P.diagonal(dim1=-2, dim2=-1)) / 2
-        return ((G - P) @ self.kappa(t)[..., None])[..., 0]
-
-    def affine(self, t):
-        """w (..., n) and b (...) with eps_n = w . m + b x: w is the last row of L^-1, b = -kappa_n."""
-        e_n = torch.eye(self.n, dtype=torch.float64)[:, -1:]
-        w = torch.linalg.solve_triangular(self.cholesky(t).mT, e_n, upper=True)[..., 0]
-        return w, -(w * self.mean(t)).sum(-1)
-
-    def project(self, t):
-        """w (..., n) and SNR (...), t > 0: y / sigma = w . m, where y = x + sigma noise is all that m tells of x."""
-        L, kappa = self.whiten(t)
-        w = torch.linalg.solve_triangular(L.mT, kappa[..., None], upper=True)[..., 0]
-        norm = kappa.norm(dim=-1)
-        return w / norm[..., None], norm**2
+        return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
 
     def snr(self, t):
         """(...): mean^T cov^-1 mean, falling from infinity at t = 0."""
         return self.kappa(t).square().sum(-1)
 
     def clock(self, t, R=R):
-        """(...): lambda = log(1 + R sqrt(SNR)). Below SNR = 1/R^2 little is known of x and even steps of sqrt(SNR) will
-        do; above, a network's error in x is its error in eps_n over kappa_n, and steps must be even factors of it."""
+        """(...): lambda = log(1 + R sqrt(SNR)), about R sqrt(SNR) below 1/R and its logarithm above."""
         return torch.log1p(R * self.snr(t).sqrt())
 
-    def time_of(self, snr):
-        """The time (a float) at which the SNR falls to `snr`, by bisection in log t."""
-        low, high = math.log(1e-12), math.log(1e6)
+    def time(self, clock, R=R):
+        """t (...) in [t_min, T] at lambda = clock, by straight lines between 1,000 knots."""
+        root_snr, t = self.knots
+        c = torch.log1p(R * root_snr)
+        k = torch.searchsorted(c, clock).clamp(1, len(c) - 1)
+        return t[k - 1] + (t[k] - t[k - 1]) * ((clock - c[k - 1]) / (c[k] - c[k - 1])).clamp(0, 1)
+
+    @cached_property
+    def knots(self):
+        """sqrt(SNR) (1000,), rising, and t (1000,), falling from T to t_min."""
+        t = torch.linspace(math.log(self.T), math.log(self.t_min), 1000, dtype=torch.float64).exp()
+        return self.snr(t).sqrt(), t
+
+    @cached_property
+    def t_min(self):
+        """The first time of training and the last of every sampler, where the SNR is snr_max."""
+        return self.time_of_snr(self.snr_max)
+
+    def time_of_snr(self, snr):
+        """t (a float) at which the SNR is `snr`, by bisection in log t from 1e-12 to T, doubled until it is beyond."""
+        low, high = math.log(1e-12), math.log(self.T)
+        while self.snr(math.exp(high)) > snr:
+            high += math.log(2)
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if self.snr(math.exp(middle)) > snr else (low, middle)
         return math.exp(high)
 
-    @cached_property
-    def t_min(self):
-        """The smallest time of training and of every sampler, where the SNR is snr_max."""
-        return self.time_of(self.snr_max)
-
-    @cached_property
-    def knots(self):
-        """sqrt(SNR) (1000,), rising, and t (1000,), from T to t_min: the table behind `time`."""
-        t = torch.linspace(math.log(self.T), math.log(self.t_min), 1000, dtype=torch.float64).exp()
-        return self.snr(t).sqrt(), t
-
-    def time(self, clock, R=R):
-        """t (...) and dt/dlambda (...) at lambda = clock, by straight lines between the knots."""
-        root_snr, t = self.knots
-        c = torch.log1p(R * root_snr)
-        k = torch.searchsorted(c, clock).clamp(1, len(c) - 1)
-        slope = (t[k] - t[k - 1]) / (c[k] - c[k - 1])
-        return t[k - 1] + slope * (clock - c[k - 1]), slope
-
     def prior(self, shape, generator=None):
-        """(B, n C, ...) float32 draw of the state at t = T for data of shape (B, C, ...), on the generator's device."""
+        """(B, n C, ...) float32: the state at t = T for data of shape (B, C, ...), on the generator's device."""
         shape = (shape[0], self.n * shape[1], *shape[2:])
         eps = torch.randn(shape, generator=generator, device=generator.device if generator else None)
         return math.sqrt(self.L_inv) * eps
@@ -247,98 +240,101 @@ def lower(A):
 
 
 def mix(A, m):
-    """Block algebra (A kron I) m: A (i, j) or (B, i, j), m (B, j*C, ...) -> (B, i*C, ...), in m's dtype and device.
+    """Linear combinations of blocks: A (i, j) or (B, i, j) on m (B, j C, ...) -> (B, i C, ...), m's dtype and device.
+    A product and a sum, not a matmul, so that neither autocast nor TF32 rounds the coefficients."""
+    blocks = m.reshape(len(m), 1, A.shape[-1], -1)
+    return (A.to(blocks)[..., None] * blocks).sum(-2).reshape(len(m), -1, *m.shape[2:])
 
-    A product and a sum, not a matmul, so that neither autocast nor TF32 rounds the coefficients.
-    """
-    z = m.reshape(len(m), 1, A.shape[-1], -1)  # (B, 1, j, K)
-    y = (A.to(z)[..., None] * z).sum(-2)  # (B, i, K)
-    return y.reshape(len(m), -1, *m.shape[2:])
+
+def each(c, x):
+    """One number c (B,) for each x (B, ...)."""
+    return c.to(x).reshape(-1, *[1] * (x.ndim - 1)) * x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loss
+# 2. The paper's target eps_n, and its loss
 
 
-def loss(process, net, x, label=None, weight="uniform"):
-    """BCSM, E[w(t) |net(m, t) - eps_n|^2] per data dimension, lambda uniform on [clock(T), clock(t_min)]; or
-    `denoiser_loss`, with param = "denoiser".
-
-    x: data (B, C, ...), unit scale. One t per image, stratified over the batch.
-    weight: "uniform" is w = 1; "likelihood", with param = "paper" only, is w = xi L_inv / L_nn^2 for t uniform on
-    [t_min, T], the bound's weight: the density of t is divided out, and even steps of lambda put the samples where that
-    weight is large. Errors: ValueError for any other weight.
-    """
-    weights = ["uniform", "likelihood"] if process.param == "paper" else ["uniform"]
-    if weight not in weights:
-        raise ValueError(f"with param {process.param!r} weight must be one of {weights}, got {weight!r}")
-    if process.param == "denoiser":
-        return denoiser_loss(process, net, x, label)
-    first, last = torch.log1p(process.R * process.knots[0][[0, -1]])  # clock(T), clock(t_min)
-    t, slope = process.time(first + (last - first) * stratified(len(x)))  # (B,)
-    m, target = training_pair(process, x, t, torch.randn_like(torch.cat([x] * process.n, 1)))
-    error = net(m, t.to(x), label) - target
-    w = torch.ones_like(t)
-    if weight == "likelihood":
-        ratio = -slope * (last - first) / (process.T - process.t_min)  # density of uniform t over that of t here
-        w = process.xi * process.L_inv / process.cholesky(t)[:, -1, -1] ** 2 * ratio
-    return mix(w[:, None, None], error**2).mean()
+def affine(process, t):
+    """w (..., n) and b (...) of eps_n = w . m + b x: w is the last row of L^-1, b = -kappa_n."""
+    e_n = torch.eye(process.n, dtype=torch.float64)[:, -1:]
+    w = torch.linalg.solve_triangular(process.cholesky(t).mT, e_n, upper=True)[..., 0]
+    return w, -(w * process.mean(t)).sum(-1)
 
 
-def stratified(n):
-    """n numbers (n,), each uniform on [0, 1], one in each of n equal parts: together they spread over the batch."""
-    return (torch.arange(n) + torch.rand(n, dtype=torch.float64)) / n
+def noise(process, x, m, t):
+    """eps_n (B, C, ...) at state m and time t (a number) if the data are x."""
+    w, b = affine(process, t)
+    return mix(w[None], m) + float(b) * x
 
 
-def denoiser_loss(process, net, x, label=None):
-    """E[|D - x|^2 / c_out^2] per dimension, D the denoiser at y = x + sigma noise, ln sigma ~ N(-1.2, 1.2^2) as
-    EDM's: the same for every process. One sigma per image, stratified over the batch."""
-    u = stratified(len(x))
-    snr = torch.exp(-2 * (-1.2 + 1.2 * torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))))  # (B,)
-    y = mix(snr.sqrt()[:, None, None], x) + torch.randn_like(x)  # over sigma
-    error = precondition(process, net, y, snr, label) - x
-    return mix((1 / process.sigma_data**2 + snr)[:, None, None], error**2).mean()
+def hop(process, eps_n, m, t):
+    """Sampling-hop (not in the paper): the x (B, C, ...) that leaves the noise eps_n."""
+    w, b = affine(process, t)
+    return (eps_n - mix(w[None], m)) / float(b)
 
 
 def training_pair(process, x, t, eps):
-    """State m = mean x + L eps (B, n C, ...) and label eps_n (B, C, ...), t (B,), eps (B, n C, ...)."""
+    """State m (B, n C, ...) and label eps_n (B, C, ...) at times t (B,) with noise eps (B, n C, ...)."""
     m = mix(process.mean(t)[..., None], x) + mix(process.cholesky(t), eps)
     return m, eps.chunk(process.n, 1)[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a prediction of eps_n to one of x, and back
+def loss(process, net, x, label=None):
+    """The paper's (BCSM), E|net(m, t) - eps_n|^2 per dimension, t even in lambda on [t_min, T]; x (B, C, ...).
 
-
-def hop(process, eps_n, m, t):
-    """Sampling-hop (not in the paper): the x (B, C, ...) that explains noise eps_n at state m, time t (a number)."""
-    w, b = process.affine(t)
-    return (eps_n - mix(w[None], m)) / float(b)
-
-
-def noise(process, x, m, t):
-    """The inverse of hop: the eps_n (B, C, ...) that belongs to the data prediction x."""
-    w, b = process.affine(t)
-    return mix(w[None], m) + float(b) * x
-
-
-def precondition(process, net, u, snr, label=None):
-    """EDM's denoiser (Karras et al. 2022, section 5): E[x | y] (B, C, ...) for y = x + sigma noise, sigma = SNR^-1/2.
-
-    u: y / sigma (B, C, ...); snr: (B,) float64. Unlike y, all that is used stays finite as SNR -> 0. The network sees
-    c_in y, of unit variance, and the time sigma / (1 + sigma): 0 at the data, 1 at pure noise.
+    The denoiser minimises the same, with eps_theta = w . m - kappa_n D: |eps_theta - eps_n|^2 = kappa_n^2 |D - x|^2.
+    Only the weight and the density of the noise levels differ (`denoiser_loss`), and y is drawn in place of m, as D
+    sees no more.
     """
-    s = process.sigma_data
-    c = (1 + s**2 * snr) ** -0.5  # (B,)
-    out = net(mix(c[:, None, None], u), (1 / (1 + snr.sqrt())).to(u), label).to(u)
-    return mix((s**2 * snr.sqrt() * c**2)[:, None, None], u) + mix((s * c)[:, None, None], out)  # c_skip y + c_out out
+    if process.param == "denoiser":
+        return denoiser_loss(process, net, x, label)
+    first, last = torch.log1p(process.R * process.knots[0][[0, -1]])  # clock(T), clock(t_min)
+    t = process.time(first + (last - first) * stratified(len(x)))
+    m, target = training_pair(process, x, t, torch.randn_like(torch.cat([x] * process.n, 1)))
+    return ((net(m, t.to(x), label) - target) ** 2).mean()
+
+
+def stratified(n):
+    """n uniform numbers in random order, one in each n-th of [0, 1]: a batch covers all times."""
+    return (torch.randperm(n) + torch.rand(n, dtype=torch.float64)) / n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The denoiser, the same for every process (Karras et al. 2022, sections 5 and B.6)
+
+
+def denoiser_loss(process, net, x, label=None):
+    """E[|D - x|^2 / c_out^2] per dimension, ln sigma ~ N(-1.2, 1.2^2)."""
+    u = stratified(len(x)).clamp(1e-9, 1 - 1e-9)
+    snr = torch.exp(-2 * (-1.2 + 1.2 * torch.special.ndtri(u)))
+    y = each(snr.sqrt(), x) + torch.randn_like(x)
+    error = precondition(process, net, y, snr, label) - x
+    return each(1 / process.sigma_data**2 + snr, error**2).mean()
+
+
+def precondition(process, net, y, snr, label=None):
+    """D = E[x | y] (B, C, ...), with y in units of its noise sigma, so that all stays finite as snr (B,) -> 0."""
+    s, root = process.sigma_data, snr.sqrt()
+    c_in = 1 / (1 + s**2 * snr).sqrt()
+    c_out = s * c_in
+    c_skip = s**2 * root * c_in**2
+    c_noise = 1 / (1 + root)  # sigma / (1 + sigma): 0 at the data, 1 at pure noise
+    return each(c_skip, y) + each(c_out, net(each(c_in, y), c_noise.to(y), label).to(y))
+
+
+def project(process, t):
+    """w (..., n) and SNR (...), t > 0, with y / sigma = w . m: w = cov^-1 mean / sqrt(SNR)."""
+    kappa = process.kappa(t)
+    w = torch.linalg.solve_triangular(process.cholesky(t).mT, kappa[..., None], upper=True)[..., 0]
+    return w / kappa.norm(dim=-1, keepdim=True), kappa.square().sum(-1)
 
 
 def denoise(process, net, m, t, label=None):
-    """One network call: E[x | m] at time t (a number), within the data's bound: near T it is a network's error in eps_n
-    over a kappa_n near 0, and without a bound one stray prediction there throws the sample off for good."""
+    """One network call: E[x | m] (B, C, ...) at time t (a number). Near T, hop divides the error of an eps-network by a
+    kappa_n close to 0: `bound` stops the strays."""
     if process.param == "denoiser":
-        w, snr = process.project(t)
+        w, snr = project(process, t)
         x = precondition(process, net, mix(w[None], m), snr.expand(len(m)), label)
     else:
         x = hop(process, net(m, torch.full((len(m),), float(t), dtype=m.dtype, device=m.device), label).to(m), m, t)
@@ -346,75 +342,72 @@ def denoise(process, net, m, t, label=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samplers. All of them: m0 (B, n C, ...) from the prior -> x (B, C, ...); exactly nfe network calls; the result is the
-# data prediction of the last call. Each takes its force from the data prediction, so any denoiser serves them all.
+# 4. Samplers: m0 (B, n C, ...) from the prior -> x (B, C, ...), with exactly nfe network calls and no gradients; the
+# result is the last call's prediction. All take their force from the prediction of x, so any network serves them all.
+# rho and t_end shape the grid of times, randn(x) draws unit noise shaped like x, label goes to the network.
+# They end in the law of that prediction, not in the data's: a mode of standard deviation s keeps the share
+# s^2 / (s^2 + sigma^2) of its variance, sigma the noise at the last call.
 
 
-@lru_cache(1000)  # the same for every batch
-def grid(process, nfe, rho, t_end, R=HOLD.R, extra=0):
-    """nfe + extra times from T down to t_end (None: `last_time`), uniform in lambda^(1/rho), lambda = clock(t, R): in
-    t, a high order would skip low noise."""
+def times(process, nfe, rho, t_end, R=HOLD.R, extra=0):
+    """nfe + extra times (a list) from T down to t_end, even in lambda^(1/rho): in t, a high order would skip low noise.
+
+    t_end None: where y has noise of standard deviation 1/(3 nfe). ValueError for nfe, rho or t_end out of range.
+    """
     if nfe < 1:
         raise ValueError(f"nfe counts network calls and must be at least 1, got {nfe}")
-    t_end = last_time(process, nfe) if t_end is None else t_end
+    if t_end is None:
+        t_end = float(process.time(torch.tensor(3.0 * nfe, dtype=torch.float64).log1p(), 1.0))
     if not (0.01 <= rho <= 100 and process.t_min <= t_end < process.T):
         raise ValueError(
             f"want 0.01 <= rho <= 100 and {process.t_min} <= t_end < {process.T}, got rho={rho}, t_end={t_end}"
         )
     a, b = (float(process.clock(t, R)) ** (1 / rho) for t in (process.T, t_end))
-    clock = torch.linspace(a, b, nfe + extra, dtype=torch.float64) ** rho
-    return tuple(process.time(clock, R)[0].tolist())
+    u = torch.linspace(a, b, nfe + extra, dtype=torch.float64)[1:-1] ** rho
+    return [process.T, *process.time(u, R).tolist(), t_end][: nfe + extra]
 
 
-@lru_cache(1000)
-def last_time(process, nfe):
-    """Where a sampler ends by default: noise of std 1/(3 nfe) on unit data, or t_min if that is larger."""
-    return max(process.time_of((3 * nfe) ** 2), process.t_min)
-
-
+@torch.no_grad()
 def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
-    """SDE, Euler-Maruyama. t_end: time of the last call (default `last_time`); randn(x): unit noise shaped like x."""
-    m, e_n = m0, torch.eye(process.n, dtype=torch.float64)[:, -1:]
-    ts = grid(process, nfe, rho, t_end)
+    """SDE, Euler-Maruyama."""
+    m, xi, e_n = m0, process.damping[1], torch.eye(process.n, dtype=torch.float64)[:, -1:]
+    ts = times(process, nfe, rho, t_end)
     for t, t_next in pairwise(ts):
         h = t - t_next
         f = force(process, denoise(process, net, m, t, label), m, t)
-        push = 2 * process.xi * h * f + math.sqrt(2 * process.xi * process.L_inv * h) * randn(f)
+        push = 2 * xi * h * f + math.sqrt(2 * xi * process.L_inv * h) * randn(f)
         m = m + mix(h * process.drift().mT, m) + mix(e_n, push)
     return denoise(process, net, m, ts[-1], label)
 
 
+@torch.no_grad()
 def lie(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
     """SDE, Lie-Trotter splitting (the paper's): a step of linear flow, then the kick. Weak order 1.
-    t_end: end of the last step (default `last_time`), where the last call is."""
+    t_end ends the last step, where its call is."""
     m = m0
-    ts = grid(process, nfe, rho, t_end, extra=1)
-    for i in range(nfe):
-        h = ts[i] - ts[i + 1]
-        m = linear_flow(process, m, h, randn)
-        x = denoise(process, net, m, ts[i + 1], label)
-        if i == nfe - 1:
-            return x
-        m = kick(process, x, m, ts[i + 1], h)
+    for t, t_next in pairwise(times(process, nfe, rho, t_end, extra=1)):
+        m = linear_flow(process, m, t - t_next, randn)
+        x = denoise(process, net, m, t_next, label)
+        m = kick(process, x, m, t_next, t - t_next)
+    return x
 
 
+@torch.no_grad()
 def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
     """SDE, Strang splitting: half a step of linear flow, the kick with x at mid-step, half a step of linear flow.
 
-    The force depends on the block it kicks, so x is asked for half-way through the kick, which the x of the step before
-    takes us to: without that the scheme (CLD's SSCS) has weak order 1, with it 2, at the same one call a step.
-    t_end: end of the last step (default `last_time`); the last call is at its middle.
+    The force depends on the block it kicks, so x is asked for half-way through the kick, where the x of the step before
+    takes us: without that the scheme (CLD's SSCS) has weak order 1, with it 2, at the same one call a step. On Gaussian
+    data and at order 2 it beats `lie` only from about 300 calls on. t_end ends the last step; its call is at mid-step.
     """
     m, x = m0, None
-    ts = grid(process, nfe, rho, t_end, extra=1)
-    for i in range(nfe):
-        h, middle = ts[i] - ts[i + 1], (ts[i] + ts[i + 1]) / 2
+    for t, t_next in pairwise(times(process, nfe, rho, t_end, extra=1)):
+        h, middle = t - t_next, (t + t_next) / 2
         m = linear_flow(process, m, h / 2, randn)
         half_way = m if x is None else kick(process, x, m, middle, h / 2)
         x = denoise(process, net, half_way, middle, label)
-        if i == nfe - 1:
-            return x
         m = linear_flow(process, kick(process, x, m, middle, h), h / 2, randn)
+    return x
 
 
 def linear_flow(process, m, h, randn):
@@ -425,59 +418,62 @@ def linear_flow(process, m, h, randn):
 
 
 def force(process, x, m, t):
-    """f = m_n + L_inv grad_n log p(m | x) (B, C, ...)."""
+    """f (B, C, ...) = m_n + L_inv grad_n log p(m | x)."""
     L_nn = float(process.cholesky(t)[-1, -1])
     return m.chunk(process.n, 1)[-1] - process.L_inv / L_nn * noise(process, x, m, t)
 
 
 def kick(process, x, m, t, h):
-    """dm_n = 2 xi f |dt| over h at frozen t and x, solved exactly: f grows at rate a, and a h << -1 at low noise."""
-    a = 2 * process.xi * (1 - process.L_inv / float(process.cholesky(t)[-1, -1]) ** 2)
+    """dm_n = 2 xi f |dt| over h at frozen t and x, solved exactly: f decays at rate -a, and quickly at low noise."""
+    xi = process.damping[1]
+    a = 2 * xi * (1 - process.L_inv / float(process.cholesky(t)[-1, -1]) ** 2)  # d(2 xi f) / dm_n
     e_n = torch.eye(process.n, dtype=torch.float64)[:, -1:]
     growth = math.expm1(a * h) / a if a else h
-    return m + mix(2 * process.xi * growth * e_n, force(process, x, m, t))
+    return m + mix(2 * xi * growth * e_n, force(process, x, m, t))
 
 
-def ode(process, net, m0, nfe, label=None, order=2, rho=1.0, t_end=None, eta=0.0, randn=torch.randn_like):
-    """ODE, dz = E[x|m] dkappa, exponential Adams-Bashforth: the data prediction of the last `order` (1-4) calls is
-    extrapolated in lambda and the rest integrated exactly.
+@torch.no_grad()
+def ode(
+    process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True, randn=torch.randn_like
+):
+    """ODE, for few steps: take the noise out of z = kappa x + eps and put it back at the next kappa, as DDIM does.
 
-    lambda = log(1 + R sqrt(SNR)) with R = sigma_data sqrt(d), the length of a sample of d numbers: a whole image
-    stands out from noise of that size, which drowns each of its pixels, and there the first steps belong. An
-    eps-network, whose first prediction is too poor for a long step, keeps the clock it was trained in. Calls are even
-    in lambda^(1/rho). t_end: time of the last call (default `last_time`).
-
-    eta > 0 renews the noise on the way and keeps the marginals: with l = log |kappa|,
-    dz = E[x|m] dkappa - eta^2 (z - kappa E[x|m]) dl + sqrt(2) eta dW(l). eta = 1 renews as much of it as the reverse
-    SDE of y does (n = 1: that very SDE).
+    Over a step of length h, x is linear in lambda: x_0 + slope (lambda - lambda_0). With d|kappa| ~ e^lambda dlambda,
+    int x dkappa = (kappa_next - kappa) (x_0 + c slope), c = h / (1 - e^-h) - 1. Second order, as DPM-Solver++(2M).
+    correct: once the next prediction is there, redo the step with its slope, and let the prediction follow y as that
+    of Gaussian data does, dE[x | y]/dy = s^2 / (s^2 + sigma^2), s = sigma_data (after UniPC). It costs no call.
+    data_mean: at T nothing is known, so the first prediction is this mean of the data, a number or (C, ...), and costs
+    no call; None: a call. eta > 0 renews a part of the noise; 1: as much as the SDE of y. The law stays as h -> 0.
+    R = sigma_data sqrt(d) is the length of a sample of d numbers: as a whole it emerges early from the noise.
     """
-    if order not in (1, 2, 3, 4):
-        raise ValueError(f"order must be 1, 2, 3 or 4, got {order}")
     if not eta >= 0:
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
-    R = process.sigma_data * math.sqrt(m0[0].numel() / process.n) if process.param == "denoiser" else process.R
-    ts = grid(process, nfe, rho, t_end, R)
-    z, past = mix(torch.linalg.inv(process.cholesky(ts[0])), m0), []  # past: (lambda, x) of the last calls
+    s, R = process.sigma_data, process.sigma_data * math.sqrt(m0[0].numel() / process.n)
+    ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
+    z = mix(torch.linalg.inv(process.cholesky(ts[0])), m0)
+    x, slope = first_prediction(process, net, m0, ts[0], label, data_mean), 0.0
     for t, t_next in pairwise(ts):
-        x = denoise(process, net, mix(process.cholesky(t), z), t, label)
-        past = [*past, (float(process.clock(t, R)), x)][-order:]
-        weights, keep = kappa_steps(process, t, t_next, R, tuple(clock for clock, _ in past), eta)
-        z = keep * z + mix(weights, torch.cat([x for _, x in past], 1))
-        if eta:
-            z = z + math.sqrt(1 - keep**2) * randn(z)
-    return denoise(process, net, mix(process.cholesky(ts[-1]), z), ts[-1], label)
+        h = float(process.clock(t_next, R) - process.clock(t, R))
+        c = h / -math.expm1(-h) - 1
+        kappa, kappa_next = process.kappa(t), process.kappa(t_next)
+        keep = float(kappa.norm() / kappa_next.norm()) ** eta**2
+        step = (kappa_next - keep * kappa)[:, None]
+        ahead = x + c * slope
+        z = mix(step, ahead) + keep * z + math.sqrt(1 - keep**2) * (randn(z) if eta else 0)
+        x_next = denoise(process, net, mix(process.cholesky(t_next), z), t_next, label)
+        if correct and t_next != ts[-1]:
+            shift = x + c * (x_next - x) / h - ahead
+            z = z + mix(step, shift)
+            x_next = x_next + s**2 * float(kappa_next @ step) / (1 + s**2 * float(kappa_next @ kappa_next)) * shift
+        x, slope = x_next, (x_next - x) / h
+    return x
 
 
-@lru_cache(1000)  # the same for every batch
-def kappa_steps(process, t, t_next, R, nodes, eta, parts=256):
-    """(n, p) and keep: column i is int l_i(lambda) d(w kappa) from t to t_next, l_i the Lagrange polynomial of node i,
-    w = (|kappa| / |kappa(t_next)|)^(eta^2), keep = w(t); for d(w z) = E[x|m] d(w kappa) + noise."""
-    u = torch.linspace(math.log(t), math.log(t_next), parts + 1, dtype=torch.float64).exp()
-    kappa, clock = process.kappa(u), process.clock(u, R)
-    basis = torch.stack([lagrange(nodes, i, (clock[1:] + clock[:-1]) / 2) for i in range(len(nodes))])  # (p, parts)
-    norm = kappa.norm(dim=-1, keepdim=True)
-    w = ((norm / norm[-1]) ** eta) ** eta
-    return (basis @ (w * kappa).diff(dim=0)).mT, float(w[0])
+def first_prediction(process, net, m0, t, label, data_mean):
+    """data_mean for each sample (B, C, ...), or, where it is None, a network call."""
+    if data_mean is None:
+        return denoise(process, net, m0, t, label)
+    return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0)
 
 
 def gauss_legendre(a, b, nodes=16):
@@ -488,16 +484,10 @@ def gauss_legendre(a, b, nodes=16):
     return (a + b) / 2 + (b - a) / 2 * x, (b - a) * V[0] ** 2
 
 
-def lagrange(times, i, u):
-    """The Lagrange basis polynomial of node i at the points u."""
-    terms = [(u - s) / (times[i] - s) for j, s in enumerate(times) if j != i]
-    return math.prod(terms, start=torch.ones_like(u))
-
-
 SAMPLERS = {"ode": ode, "strang": strang, "lie": lie, "em": em}  # the first is the default
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Likelihood
+# 5. Likelihood
 
 
 def log_likelihood_bound(process, net, x, label=None, exact=None, tol=1e-5):
@@ -521,8 +511,8 @@ def log_likelihood_bound(process, net, x, label=None, exact=None, tol=1e-5):
     z = mix(process.kappa(t)[:, None], x) + eps
 
     def field(s, y):  # d(z, log p)/ds, s = log time
-        time = math.exp(s)
-        rate = time * process.kappa_rate(time)
+        time, kappa = math.exp(s), process.kappa(torch.tensor([s - 2e-3, s - 1e-3, s + 1e-3, s + 2e-3]).double().exp())
+        rate = torch.tensor([1.0, -8.0, 8.0, -1.0]).double() @ kappa / 12e-3  # d kappa/ds, right to 1e-11
         with torch.enable_grad():
             state = y[:, :-1].detach().reshape(eps.shape).requires_grad_()
             D = denoise(process, net, mix(process.cholesky(time), state), time, label)
@@ -553,7 +543,7 @@ def dormand_prince(field, y, s, s_end, tol):
         [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84],
     ]
     fifth_minus_fourth = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]
-    h, k = (s_end - s) / 100, [field(s, y)]
+    h, k, shortest = (s_end - s) / 100, [field(s, y)], (s_end - s) * 1e-4
     while s < s_end:
         h = min(h, s_end - s)
         for row in tableau:
@@ -563,6 +553,10 @@ def dormand_prince(field, y, s, s_end, tol):
         error = float(error.square().mean(1).max().sqrt())
         if not math.isfinite(error):
             raise ValueError(f"the flow is not finite at t = {math.exp(s):.3g}: check the network and the scale of x")
+        if h < shortest and s + h < s_end:
+            raise ValueError(
+                f"tol={tol:g} asks for steps under {shortest:.1g} in log t, finer than {y.dtype}: raise it"
+            )
         s, y, k = (s + h, new, k[-1:]) if error <= 1 else (s, y, k[:1])  # the last call is the next step's first
         h *= min(5.0, max(0.2, 0.9 * max(error, 1e-9) ** -0.2))
     return y

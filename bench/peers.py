@@ -270,13 +270,13 @@ class Contender(NamedTuple):
     order: int | None
     sampler: Callable
     grids: list  # options of the sampler; of several the best is taken
-    flow: bool = True  # follows the network's flow, without fresh noise
+    flow: str | None = "ode"  # the sampler that with many calls follows the same flow; None: it adds noise
 
 
 def to_end(ode, process, net, m0, nfe, end, data_mean=0.0, **options):
     """`ode` with its last call at noise of std 1 / (end nfe)."""
     t = float(process.time(torch.tensor(end * nfe, dtype=torch.float64).log1p(), 1.0))
-    return ode(process, net, m0, nfe, t_end=max(t, getattr(process, "t_min", t)), data_mean=data_mean, **options)
+    return ode(process, net, m0, nfe, t_end=t, data_mean=data_mean, **options)
 
 
 def contenders(kind, only):
@@ -288,10 +288,11 @@ def contenders(kind, only):
         title = f"{method.upper()}{order or ''} {'denoiser' if kind == 'denoiser' else 'paper'}"
         samplers = train.METHODS[method][0].SAMPLERS
         for name, sampler in samplers.items():
-            found.append(Contender(f"{title}, {name}", method, order, sampler, [{}], name in ("ode", "exponential")))
+            flow = name if name in ("ode", "exponential") else None  # two flows of the same marginals
+            found.append(Contender(f"{title}, {name}", method, order, sampler, [{}], flow))
         if kind == "denoiser":
             eta, best = partial(samplers["ode"], eta=1.0), partial(to_end, samplers["ode"])
-            found.append(Contender(f"{title}, eta 1", method, order, eta, [{}], False))
+            found.append(Contender(f"{title}, eta 1", method, order, eta, [{}], None))
             found.append(Contender(f"{title}, best grid", method, order, best, ODE_GRIDS))
     for name, (net, sampler, default, grids) in PEERS.items():
         if net == kind:
@@ -335,22 +336,17 @@ def draw(path, method, order, sampler, n, nfe, seed, grid, batch=1000, amp=False
     return torch.cat(out).clamp(-config["bound"], config["bound"])
 
 
-def converged(path, method, order, n, seed, batch=1000, amp=False, nfe=400):
+def converged(path, method, order, flow, n, seed, batch=1000, amp=False, nfe=400):
     """The first n samples again, from the same noise but along the network's own flow with so many calls that they no
     longer move. Kept beside the checkpoint. The peers, whose m0 is the noise of y, share that of HOLD of order 1."""
-    if method is None:
-        method, order = ("fm", None) if train.load_checkpoint(path)["config"]["method"] == "fm" else ("hold", 1)
-    file = path.parent / f"flow-{method}{order or ''}-{seed}-{min(n, batch)}-{n}.pt"
+    fm = train.load_checkpoint(path)["config"]["method"] == "fm"
+    if method is None and not fm:
+        method, order = "hold", 1
+    file = path.parent / f"{flow}-{method}{order or ''}-{seed}-{min(n, batch)}-{n}.pt"
     if not file.exists():
-        ode = fm_midpoint if method == "fm" else train.METHODS[method][0].SAMPLERS["ode"]
-        x = draw(path, None if method == "fm" else method, order, ode, n, nfe, seed, {}, batch, amp)
-        torch.save(x, file)
+        sampler = fm_midpoint if fm else train.METHODS[method][0].SAMPLERS[flow]
+        torch.save(draw(path, method, order, sampler, n, nfe, seed, {}, batch, amp), file)
     return torch.load(file, weights_only=True)
-
-
-def distance(x, flow):
-    """Root mean square difference of samples from `converged` ones, per dimension."""
-    return float((x[: len(flow)] - flow).square().mean().sqrt())
 
 
 class Results(dict):
@@ -382,9 +378,10 @@ def evaluate(contender, paths, nfes, n, measure, results, score, n_search=None, 
 
     def numbers(nfe, grid, seed, n):
         x = draw(paths[seed], method, order, sampler, n, nfe, seed, grid, **options)
-        if not flow:
+        if flow is None:
             return [*measure(x), math.nan]
-        return [*measure(x), distance(x, converged(paths[seed], method, order, min(n, n_flow), seed, **options))]
+        limit = converged(paths[seed], method, order, flow, min(n, n_flow), seed, **options)
+        return [*measure(x), float((x[: len(limit)] - limit).square().mean().sqrt())]
 
     def run(nfe, grid, seed, n):
         return results.of(f"{title} | {nfe} | {grid} | {seed} | {n}", lambda: numbers(nfe, grid, seed, n))

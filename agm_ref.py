@@ -279,9 +279,7 @@ def times(process, nfe, rho, t_end, R=None, extra=0):
     elif t_end is None:
         t_end = min(1 - 1.5 / max(nfe + extra, 2), process.t1)
     if not (0.01 <= rho <= 100 and process.t0 < t_end <= process.t1):
-        raise ValueError(
-            f"want 0.01 <= rho <= 100 and {process.t0} < t_end <= {process.t1}, got rho={rho}, t_end={t_end}"
-        )
+        raise ValueError(f"want 0.01 <= rho <= 100 and {process.t0} < t_end <= {process.t1}, got {rho=}, {t_end=}")
     a, b = (float(process.clock(t, R) if R else t) ** (1 / rho) for t in (process.t0, t_end))
     u = torch.linspace(a, b, nfe + extra, dtype=torch.float64)[1:-1] ** rho
     return [process.t0, *(process.time(u, R) if R else u).tolist(), t_end][: nfe + extra]
@@ -340,11 +338,11 @@ def ode(
     of Gaussian data does, dE[x1 | y]/dy = s^2 / (s^2 + sigma^2), s = sigma_data (after UniPC). It costs no call.
     data_mean: at t0 nothing is known, so the first prediction is this mean of the data, a number or (C, ...), and costs
     no call; None: a call. eta > 0 renews a part of the noise; 1: as much as the SDE of y. The law stays as h -> 0.
-    R = sigma_data sqrt(d) is the length of a sample of d numbers: as a whole it emerges early from the noise.
+    R = sigma_data sqrt(2 d) is the distance between two samples of d numbers: noise of that size hides which is which.
     """
     if not eta >= 0:
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
-    s, R = process.sigma_data, process.sigma_data * math.sqrt(m0[0].numel() / process.n)
+    s, R = process.sigma_data, process.sigma_data * math.sqrt(2 * m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
     z = mix(torch.linalg.inv(process.cholesky(ts[0])), m0)
     x, slope = first_prediction(process, net, m0, ts[0], label, data_mean), 0.0
@@ -373,7 +371,7 @@ def first_prediction(process, net, m0, t, label, data_mean):
 
 
 @torch.no_grad()
-def exponential(process, net, m0, nfe, label=None, multistep=2, rho=1.0, t_end=None, data_mean=None, correct=False):
+def exponential(process, net, m0, nfe, label=None, multistep=2, rho=1.0, t_end=None, data_mean=None, correct=True):
     """ODE, the paper's exponential Adams-Bashforth: N = F/s of the last `multistep` (1-4) nodes is extrapolated over
     the step, x += h v + int (t_next - u) s(u) N(u) du, v += int s(u) N(u) du. The paper: rho = 2, t_end = .4, .7, .9
     for nfe 5, 10, 20. data_mean, correct: as in `ode`; corrected, N is interpolated through the new node too."""
@@ -419,4 +417,4 @@ def lagrange(times, i, u):
     return math.prod(terms, start=torch.ones_like(u))
 
 
-SAMPLERS = {"exponential": exponential, "ode": ode, "splitting": splitting, "em": em}  # the first is the default
+SAMPLERS = {"ode": ode, "exponential": exponential, "splitting": splitting, "em": em}  # the first is the default

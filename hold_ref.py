@@ -359,9 +359,7 @@ def times(process, nfe, rho, t_end, R=HOLD.R, extra=0):
     if t_end is None:
         t_end = float(process.time(torch.tensor(3.0 * nfe, dtype=torch.float64).log1p(), 1.0))
     if not (0.01 <= rho <= 100 and process.t_min <= t_end < process.T):
-        raise ValueError(
-            f"want 0.01 <= rho <= 100 and {process.t_min} <= t_end < {process.T}, got rho={rho}, t_end={t_end}"
-        )
+        raise ValueError(f"want 0.01 <= rho <= 100 and {process.t_min:g} <= t_end < {process.T}, got {rho=}, {t_end=}")
     a, b = (float(process.clock(t, R)) ** (1 / rho) for t in (process.T, t_end))
     u = torch.linspace(a, b, nfe + extra, dtype=torch.float64)[1:-1] ** rho
     return [process.T, *process.time(u, R).tolist(), t_end][: nfe + extra]
@@ -444,11 +442,11 @@ def ode(
     of Gaussian data does, dE[x | y]/dy = s^2 / (s^2 + sigma^2), s = sigma_data (after UniPC). It costs no call.
     data_mean: at T nothing is known, so the first prediction is this mean of the data, a number or (C, ...), and costs
     no call; None: a call. eta > 0 renews a part of the noise; 1: as much as the SDE of y. The law stays as h -> 0.
-    R = sigma_data sqrt(d) is the length of a sample of d numbers: as a whole it emerges early from the noise.
+    R = sigma_data sqrt(2 d) is the distance between two samples of d numbers: noise of that size hides which is which.
     """
     if not eta >= 0:
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
-    s, R = process.sigma_data, process.sigma_data * math.sqrt(m0[0].numel() / process.n)
+    s, R = process.sigma_data, process.sigma_data * math.sqrt(2 * m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
     z = mix(torch.linalg.inv(process.cholesky(ts[0])), m0)
     x, slope = first_prediction(process, net, m0, ts[0], label, data_mean), 0.0

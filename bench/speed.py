@@ -5,8 +5,7 @@
 
 `training`: a step of train.py, from its batch to the moving average, over forward, backward and AdamW of the same
 network at a fixed input. `sampling`: a sampler of --nfe calls over as many bare calls. The two sides of a ratio take
-turns within one run and each counts with its median, so a busy machine spoils them less; times of two machines, or of
-two days, do not compare. The networks are untrained: their speed is the same.
+turns and each counts with its median, so a busy machine spoils them less. The networks are untrained.
 """
 
 import argparse
@@ -107,18 +106,14 @@ def main(argv=None):
         for n in args.sizes:
             np.save(sets[f"{n}x{n}"], torch.randint(256, (512, n, n, 1 if n == 28 else 3), dtype=torch.uint8).numpy())
         for param in ("denoiser", "paper"):
-            steps = (
-                (k, [training(*v, param, name, args.repeats) for name in sets.values()]) for k, v in models.items()
-            )
-            table(f"training, {param}", sets, steps)
+            rows = ((k, [training(*v, param, d, args.repeats) for d in sets.values()]) for k, v in models.items())
+            table(f"training, {param}", sets, rows)
 
     cases = {"64 digits": ("digits", 64), "10,000 points": ("spiral", 10_000), "256 points": ("spiral", 256)}
-    for title, (method, order) in models.items():
-        samplers = train.METHODS[method][0].SAMPLERS.items()
-        rows = (
-            (k, [sampling(method, order, f, *c, args.nfe, args.repeats) for c in cases.values()]) for k, f in samplers
-        )
-        table(f"sampling, {title}", cases, rows)
+    for model, v in models.items():
+        found = train.METHODS[v[0]][0].SAMPLERS
+        rows = ((k, [sampling(*v, f, *c, args.nfe, args.repeats) for c in cases.values()]) for k, f in found.items())
+        table(f"sampling, {model}", cases, rows)
 
     t, m0 = torch.rand(512, dtype=torch.float64), torch.randn(4, 12)
     fresh = [hold_ref.HOLD(order=6, param="denoiser", T=6 + 1e-6 * i) for i in range(5)]  # nothing found in a cache

@@ -15,6 +15,7 @@ memorised would come out nearer than that.
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def nearest(a, b):
     return torch.cdist(a, b).min(1).values.mean().item()
 
 
-TOY = ["--nfe", "2", "--n", "70"]  # what the tests append
+TOY = ["--nfe", "2", "--n", "70", "--flow-nfe", "4"]  # what the tests append
 
 
 def main(argv=None):
@@ -51,6 +52,7 @@ def main(argv=None):
     p.add_argument("--only", nargs="+", help="contenders whose name contains one of these; default: all of its own")
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20], help="network calls")
     p.add_argument("--n", type=int, default=1797, help="samples")
+    p.add_argument("--flow-nfe", type=int, default=400, help="network calls of the converged flow")
     args = p.parse_args(argv)
     peers.register()
 
@@ -67,6 +69,7 @@ def main(argv=None):
         x = x.clamp(-1, 1).flatten(1)
         return [frechet(x, everything), frechet(x, train_set), frechet(x, test), nearest(x, train_set)]
 
+    sampling = partial(peers.evaluate, score=lambda row: row[0], n_flow=500, flow_nfe=args.flow_nfe, batch=250)
     print("| run | contender | NFE | all | train | held-out | nearest | flow | seconds |\n" + "|---" * 9 + "|")
     print(f"| data: {k} against the others | | | {floor.mean():.3f} ± {floor.std():.3f} | | | | | |")
     row = f"{frechet(train_set, test):.3f} | {nearest(test, train_set):.3f}"
@@ -80,17 +83,7 @@ def main(argv=None):
         for contender in peers.contenders(kind, names):
             for nfe in args.nfe:
                 start = time.time()
-                numbers = peers.evaluate(
-                    contender,
-                    [path],
-                    [nfe],
-                    args.n,
-                    measure,
-                    peers.Results(),
-                    lambda row: row[0],
-                    n_flow=500,
-                    batch=250,
-                )
+                numbers = sampling(contender, [path], [nfe], args.n, measure, peers.Results())
                 cells = [*(f"{v:.3f}" for v in numbers[nfe][1][0]), f"{time.time() - start:.0f}"]
                 print("|", *(f"{cell} |" for cell in (path.parent.name, contender.title, nfe, *cells)), flush=True)
 

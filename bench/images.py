@@ -76,7 +76,7 @@ def picture(path, found, rows, nfes):
     data.write_png(path, np.concatenate(strips, 0).repeat(2, 0).repeat(2, 1))
 
 
-TOY = "--steps 2 --n 20 --search 10 --nfe 2 --only exponential UniPC-2 --epochs 1 --nets denoiser --width 8".split()
+TOY = "--steps 2 --n 20 --search 10 --nfe 2 --only exponential UniPC-2 --flow-nfe 4 --epochs 1 --nets denoiser --width 8".split()
 
 
 def main(argv=None):
@@ -105,6 +105,7 @@ def main(argv=None):
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20, 50], help="network calls")
     p.add_argument("--n", type=int, default=5000, help="samples")
     p.add_argument("--search", type=int, default=1000, help="samples for the choice of a peer's grid")
+    p.add_argument("--flow-nfe", type=int, default=400, help="network calls of the converged flow")
     p.add_argument("--steps", type=int, default=5000, help="updates of 128 images a network")
     p.add_argument("--width", type=int, default=32, help="of the UNet")
     p.add_argument("--epochs", type=int, default=3, help="of the classifier")
@@ -146,7 +147,7 @@ def main(argv=None):
     options = ["--data", str(file), "--width", str(args.width), "--mult", "1", "2", "--blocks", "1", "--batch", "128"]
     options += ["--lr", "2e-3", "--amp", args.amp]
     sampling = partial(peers.evaluate, score=lambda row: row[0], n_search=args.search, n_flow=500)
-    sampling = partial(sampling, batch=250, amp=args.amp == "bf16")
+    sampling = partial(sampling, flow_nfe=args.flow_nfe, batch=250, amp=args.amp == "bf16")
     for kind in args.nets:
         path = peers.checkpoint(folder / f"{args.data}-{kind}", kind, args.steps, options)
         for contender in peers.contenders(kind, args.only):

@@ -336,13 +336,13 @@ def draw(path, method, order, sampler, n, nfe, seed, grid, batch=1000, amp=False
     return torch.cat(out).clamp(-config["bound"], config["bound"])
 
 
-def converged(path, method, order, flow, n, seed, batch=1000, amp=False, nfe=400):
+def converged(path, method, order, flow, n, seed, nfe, batch=1000, amp=False):
     """The first n samples again, from the same noise but along the network's own flow with so many calls that they no
     longer move. Kept beside the checkpoint. The peers, whose m0 is the noise of y, share that of HOLD of order 1."""
     fm = train.load_checkpoint(path)["config"]["method"] == "fm"
     if method is None and not fm:
         method, order = "hold", 1
-    file = path.parent / f"{flow}-{method}{order or ''}-{seed}-{min(n, batch)}-{n}.pt"
+    file = path.parent / f"{flow}-{method}{order or ''}-{nfe}-{seed}-{min(n, batch)}-{n}.pt"
     if not file.exists():
         sampler = fm_midpoint if fm else train.METHODS[method][0].SAMPLERS[flow]
         torch.save(draw(path, method, order, sampler, n, nfe, seed, {}, batch, amp), file)
@@ -370,9 +370,9 @@ class Results(dict):
         return self[key]
 
 
-def evaluate(contender, paths, nfes, n, measure, results, score, n_search=None, n_flow=2000, **options):
+def evaluate(contender, paths, nfes, n, measure, results, score, n_search=None, n_flow=2000, flow_nfe=400, **options):
     """{nfe: (grid, [numbers of every path])}, the numbers of `measure` and the distance of the first n_flow samples to
-    the converged flow. The grid has the lowest score with the first path, searched at every nfe up to 20 with n_search
+    the flow that flow_nfe calls follow. The grid has the lowest score with the first path, searched at every nfe up to 20 with n_search
     samples; above, the grid of the nfe before."""
     title, method, order, sampler, grids, flow = contender
 
@@ -380,7 +380,7 @@ def evaluate(contender, paths, nfes, n, measure, results, score, n_search=None, 
         x = draw(paths[seed], method, order, sampler, n, nfe, seed, grid, **options)
         if flow is None:
             return [*measure(x), math.nan]
-        limit = converged(paths[seed], method, order, flow, min(n, n_flow), seed, **options)
+        limit = converged(paths[seed], method, order, flow, min(n, n_flow), seed, flow_nfe, **options)
         return [*measure(x), float((x[: len(limit)] - limit).square().mean().sqrt())]
 
     def run(nfe, grid, seed, n):

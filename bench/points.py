@@ -62,7 +62,7 @@ def picture(path, folder, name):
     data.write_png(path, np.concatenate(rows, 0))
 
 
-TOY = "--nets denoiser --data gmm --seeds 1 --steps 2 --n 20 --nfe 2 --only exponential UniPC-2".split()
+TOY = "--nets denoiser --data gmm --seeds 1 --steps 2 --n 20 --nfe 2 --only exponential UniPC-2 --flow-nfe 4".split()
 
 
 def main(argv=None):
@@ -76,6 +76,7 @@ def main(argv=None):
     p.add_argument("--nfe", type=int, nargs="+", default=NFES, help="network calls")
     p.add_argument("--n", type=int, default=5000, help="samples")
     p.add_argument("--search", type=int, default=2500, help="samples for the choice of a grid")
+    p.add_argument("--flow-nfe", type=int, default=400, help="network calls of the converged flow")
     p.add_argument("--steps", type=int, default=6000, help="updates a network")
     p.add_argument("--out", default="runs/points", help="folder of networks and numbers")
     p.add_argument("--picture", help="write this PNG instead, of the networks `denoiser` and `fm` of seed 0")
@@ -85,6 +86,7 @@ def main(argv=None):
     if args.picture:
         return picture(args.picture, folder, args.data[0])
     folder.mkdir(parents=True, exist_ok=True)
+    sampling = partial(peers.evaluate, score=lambda row: row[0] + row[1], n_search=args.search, flow_nfe=args.flow_nfe)
     for name in args.data:
         results = peers.Results(folder / f"{name}.json")
         points = data.POINTS[name](10_000, torch.Generator().manual_seed(99))
@@ -98,9 +100,7 @@ def main(argv=None):
                 options = ["--data", name, "--seed", str(seed)]
                 paths.append(peers.checkpoint(folder / f"{name}-{kind}-{seed}", kind, args.steps, options))
             for contender in wanted:
-                rows[contender.title] = peers.evaluate(
-                    contender, paths, args.nfe, args.n, against, results, lambda row: row[0] + row[1], args.search
-                )
+                rows[contender.title] = sampling(contender, paths, args.nfe, args.n, against, results)
         for i, quantity in enumerate(("sharpness", "coverage", "sliced W2", "distance to the converged flow")):
             known = f"; floor {floor[:, i].mean():.4f} ± {floor[:, i].std():.4f}" if i < 3 else ""
             print(f"\n{name}, {quantity}: mean of {args.seeds} seeds{known}\n")

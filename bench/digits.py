@@ -84,7 +84,7 @@ def main(argv=None):
             for nfe in args.nfe:
                 start = time.time()
                 numbers = sampling(contender, [path], [nfe], args.n, measure, peers.Results())
-                cells = [*(f"{v:.3f}" for v in numbers[nfe][1][0]), f"{time.time() - start:.0f}"]
+                cells = [*(f"{v:.3f}" if v == v else "" for v in numbers[nfe][1][0]), f"{time.time() - start:.0f}"]
                 print("|", *(f"{cell} |" for cell in (path.parent.name, contender.title, nfe, *cells)), flush=True)
 
 

@@ -76,7 +76,8 @@ def picture(path, found, rows, nfes):
     data.write_png(path, np.concatenate(strips, 0).repeat(2, 0).repeat(2, 1))
 
 
-TOY = "--steps 2 --n 20 --search 10 --nfe 2 --only exponential UniPC-2 --flow-nfe 4 --epochs 1 --nets denoiser --width 8".split()
+TOY = "--steps 2 --n 20 --search 10 --nfe 2 --flow-nfe 4 --epochs 1 --nets denoiser --width 8".split()
+TOY += ["--only", "exponential", "UniPC-2"]
 
 
 def main(argv=None):

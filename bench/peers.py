@@ -372,8 +372,8 @@ class Results(dict):
 
 def evaluate(contender, paths, nfes, n, measure, results, score, n_search=None, n_flow=2000, flow_nfe=400, **options):
     """{nfe: (grid, [numbers of every path])}, the numbers of `measure` and the distance of the first n_flow samples to
-    the flow that flow_nfe calls follow. The grid has the lowest score with the first path, searched at every nfe up to 20 with n_search
-    samples; above, the grid of the nfe before."""
+    the flow that flow_nfe calls follow. The grid has the lowest score with the first path, searched at every nfe up to
+    20 with n_search samples; above, the grid of the nfe before."""
     title, method, order, sampler, grids, flow = contender
 
     def numbers(nfe, grid, seed, n):

@@ -260,6 +260,21 @@ def denoise(process, net, m, t, label=None):
     return x1.clamp(-process.bound, process.bound)
 
 
+def predict(process, net, m, t, label, condition=None):
+    """E[x1 | m] and the state to go on from: m, unless a `condition` of the same arguments makes something else of both
+    (conditional generation without retraining; sample.py has some)."""
+    return condition(process, net, m, t, label) if condition else (denoise(process, net, m, t, label), m)
+
+
+def redraw(process, m, t, x1, randn=torch.randn_like):
+    """m (B, 2C, ...) with v drawn anew, given x and x1 (the paper's dyn-v): in m = mean x1 + L eps, L lower, the noise
+    of x stays and that of v is fresh."""
+    mean, L = process.mean(t), process.cholesky(t)
+    data, rest = m[:, : x1.shape[1]], m[:, x1.shape[1] :]
+    eps = torch.cat([(data - float(mean[0]) * x1) / float(L[0, 0]), randn(rest)], 1)
+    return torch.cat([data, (mix(mean[:, None], x1) + mix(L, eps))[:, x1.shape[1] :]], 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Samplers: m0 (B, 2C, ...) from the prior -> x1 (B, C, ...), with exactly nfe network calls and no gradients; the
 # result is the last call's prediction. All take their force from the prediction of x1, so any network serves them all.
@@ -286,19 +301,20 @@ def times(process, nfe, rho, t_end, R=None, extra=0):
 
 
 @torch.no_grad()
-def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like, condition=None):
     """SDE, Euler-Maruyama."""
     sde, m, ts = replace(process, sde=True), m0, times(process, nfe, rho, t_end)
     for t, t_next in pairwise(ts):
         h = t_next - t
-        F = acceleration(sde, denoise(process, net, m, t, label), m, t)
+        x1, m = predict(process, net, m, t, label, condition)
+        F = acceleration(sde, x1, m, t)
         x, v = m.chunk(2, 1)
         m = torch.cat([x + h * v, v + h * F + process.p * (1 - t) * math.sqrt(h) * randn(v)], 1)
-    return denoise(process, net, m, ts[-1], label)
+    return predict(process, net, m, ts[-1], label, condition)[0]
 
 
 @torch.no_grad()
-def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like, condition=None):
     """SDE, symmetric splitting (the paper's SSS): half a step of free motion with noise, the kick v += h F with F at
     mid-step, half a step of free motion. First order in law: F contains v, and the kick is an Euler step.
     t_end ends the last step (default t1), whose call is at its middle."""
@@ -307,7 +323,7 @@ def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torc
     for t, t_next in pairwise(ts):
         h, middle = t_next - t, (t + t_next) / 2
         m = free_motion(process, m, t, h / 2, randn)
-        x1 = denoise(process, net, m, middle, label)
+        x1, m = predict(process, net, m, middle, label, condition)
         x, v = m.chunk(2, 1)
         m = torch.cat([x, v + h * acceleration(sde, x1, m, middle)], 1)
         m = free_motion(process, m, middle, h / 2, randn)
@@ -328,8 +344,9 @@ def drift(m, h):
 
 @torch.no_grad()
 def ode(
-    process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True, randn=torch.randn_like
-):
+    process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True,
+    randn=torch.randn_like, condition=None,
+):  # fmt: skip
     """ODE, for few steps: take the noise out of z = kappa x1 + eps and put it back at the next kappa, as DDIM does.
 
     Over a step of length h, x1 is linear in lambda: x_0 + slope (lambda - lambda_0). With d|kappa| ~ e^lambda dlambda,
@@ -344,8 +361,8 @@ def ode(
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     s, R = process.sigma_data, process.sigma_data * math.sqrt(2 * m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
-    z = mix(torch.linalg.inv(process.cholesky(ts[0])), m0)
-    x, slope = first_prediction(process, net, m0, ts[0], label, data_mean), 0.0
+    x, m = first_prediction(process, net, m0, ts[0], label, data_mean, condition)
+    z, slope = mix(torch.linalg.inv(process.cholesky(ts[0])), m), 0.0
     for t, t_next in pairwise(ts):
         h = float(process.clock(t_next, R) - process.clock(t, R))
         c = h / -math.expm1(-h) - 1
@@ -354,7 +371,9 @@ def ode(
         step = (kappa_next - keep * kappa)[:, None]
         ahead = x + c * slope
         z = mix(step, ahead) + keep * z + math.sqrt(1 - keep**2) * (randn(z) if eta else 0)
-        x_next = denoise(process, net, mix(process.cholesky(t_next), z), t_next, label)
+        m = mix(process.cholesky(t_next), z)
+        x_next, new = predict(process, net, m, t_next, label, condition)
+        z = z if new is m else mix(torch.linalg.inv(process.cholesky(t_next)), new)
         if correct and t_next != ts[-1]:
             shift = x + c * (x_next - x) / h - ahead
             z = z + mix(step, shift)
@@ -363,33 +382,35 @@ def ode(
     return x
 
 
-def first_prediction(process, net, m0, t, label, data_mean):
-    """data_mean for each sample (B, C, ...), or, where it is None, a network call."""
+def first_prediction(process, net, m0, t, label, data_mean, condition):
+    """data_mean for each sample (B, C, ...) and m0, or, where it is None, what `predict` says."""
     if data_mean is None:
-        return denoise(process, net, m0, t, label)
-    return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0)
+        return predict(process, net, m0, t, label, condition)
+    return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0), m0
 
 
 @torch.no_grad()
-def exponential(process, net, m0, nfe, label=None, multistep=2, rho=1.0, t_end=None, data_mean=None, correct=True):
+def exponential(
+    process, net, m0, nfe, label=None, multistep=2, rho=1.0, t_end=None, data_mean=None, correct=True, condition=None
+):
     """ODE, the paper's exponential Adams-Bashforth: N = F/s of the last `multistep` (1-4) nodes is extrapolated over
     the step, x += h v + int (t_next - u) s(u) N(u) du, v += int s(u) N(u) du. The paper: rho = 2, t_end = .4, .7, .9
     for nfe 5, 10, 20. data_mean, correct: as in `ode`; corrected, N is interpolated through the new node too."""
     if multistep not in (1, 2, 3, 4):
         raise ValueError(f"multistep must be 1, 2, 3 or 4, got {multistep}")
     flow, ts = replace(process, sde=False), times(process, nfe, rho, t_end, extra=data_mean is not None)
-    x, m, past = first_prediction(process, net, m0, ts[0], label, data_mean), m0, []  # past: (t, N) of the last nodes
+    x, m = first_prediction(process, net, m0, ts[0], label, data_mean, condition)
+    past = []  # (t, N) of the last nodes
     for t, t_next in pairwise(ts):
         past = [*past, (t, acceleration(flow, x, m, t) / float(scale(flow, t)))][-multistep:]
-        before, m = m, advance(flow, m, past, t, t_next)
-        x = denoise(process, net, m, t_next, label)
+        before, ahead = m, advance(flow, m, past, t, t_next)
+        x, m = predict(process, net, ahead, t_next, label, condition)
         if correct and t_next != ts[-1]:
             new = (t_next, acceleration(flow, x, m, t_next) / float(scale(flow, t_next)))
-            moved = advance(flow, before, [*past, new], t, t_next)
-            w, snr = project(process, t_next)
-            s = process.sigma_data
-            x = x + s**2 * snr.sqrt().item() / (1 + s**2 * snr.item()) * mix(w[None], moved - m)
-            m = moved
+            shift = advance(flow, before, [*past, new], t, t_next) - ahead
+            (w, snr), s = project(process, t_next), process.sigma_data
+            x = x + s**2 * float(snr.sqrt() / (1 + s**2 * snr)) * mix(w[None], shift)
+            m = m + shift
     return x
 
 

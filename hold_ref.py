@@ -341,6 +341,21 @@ def denoise(process, net, m, t, label=None):
     return x.clamp(-process.bound, process.bound)
 
 
+def predict(process, net, m, t, label, condition=None):
+    """E[x | m] and the state to go on from: m, unless a `condition` of the same arguments makes something else of both
+    (conditional generation without retraining; sample.py has some)."""
+    return condition(process, net, m, t, label) if condition else (denoise(process, net, m, t, label), m)
+
+
+def redraw(process, m, t, x, randn=torch.randn_like):
+    """m (B, n C, ...) with the auxiliary blocks drawn anew, given the data block and x: in m = mean x + L eps, L lower,
+    the noise of the data block stays and the rest of eps is fresh (after the AGM paper's dyn-v)."""
+    mean, L = process.mean(t), process.cholesky(t)
+    data, rest = m[:, : x.shape[1]], m[:, x.shape[1] :]
+    eps = torch.cat([(data - float(mean[0]) * x) / float(L[0, 0]), randn(rest)], 1)
+    return torch.cat([data, (mix(mean[:, None], x) + mix(L, eps))[:, x.shape[1] :]], 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Samplers: m0 (B, n C, ...) from the prior -> x (B, C, ...), with exactly nfe network calls and no gradients; the
 # result is the last call's prediction. All take their force from the prediction of x, so any network serves them all.
@@ -366,32 +381,33 @@ def times(process, nfe, rho, t_end, R=HOLD.R, extra=0):
 
 
 @torch.no_grad()
-def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like, condition=None):
     """SDE, Euler-Maruyama."""
     m, xi, e_n = m0, process.damping[1], torch.eye(process.n, dtype=torch.float64)[:, -1:]
     ts = times(process, nfe, rho, t_end)
     for t, t_next in pairwise(ts):
         h = t - t_next
-        f = force(process, denoise(process, net, m, t, label), m, t)
+        x, m = predict(process, net, m, t, label, condition)
+        f = force(process, x, m, t)
         push = 2 * xi * h * f + math.sqrt(2 * xi * process.L_inv * h) * randn(f)
         m = m + mix(h * process.drift().mT, m) + mix(e_n, push)
-    return denoise(process, net, m, ts[-1], label)
+    return predict(process, net, m, ts[-1], label, condition)[0]
 
 
 @torch.no_grad()
-def lie(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+def lie(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like, condition=None):
     """SDE, Lie-Trotter splitting (the paper's): a step of linear flow, then the kick. Weak order 1.
     t_end ends the last step, where its call is."""
     m = m0
     for t, t_next in pairwise(times(process, nfe, rho, t_end, extra=1)):
         m = linear_flow(process, m, t - t_next, randn)
-        x = denoise(process, net, m, t_next, label)
+        x, m = predict(process, net, m, t_next, label, condition)
         m = kick(process, x, m, t_next, t - t_next)
     return x
 
 
 @torch.no_grad()
-def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like, condition=None):
     """SDE, Strang splitting: half a step of linear flow, the kick with x at mid-step, half a step of linear flow.
 
     The force depends on the block it kicks, so x is asked for half-way through the kick, where the x of the step before
@@ -403,7 +419,8 @@ def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.r
         h, middle = t - t_next, (t + t_next) / 2
         m = linear_flow(process, m, h / 2, randn)
         half_way = m if x is None else kick(process, x, m, middle, h / 2)
-        x = denoise(process, net, half_way, middle, label)
+        x, new = predict(process, net, half_way, middle, label, condition)
+        m = m + (new - half_way)
         m = linear_flow(process, kick(process, x, m, middle, h), h / 2, randn)
     return x
 
@@ -432,8 +449,9 @@ def kick(process, x, m, t, h):
 
 @torch.no_grad()
 def ode(
-    process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True, randn=torch.randn_like
-):
+    process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True,
+    randn=torch.randn_like, condition=None,
+):  # fmt: skip
     """ODE, for few steps: take the noise out of z = kappa x + eps and put it back at the next kappa, as DDIM does.
 
     Over a step of length h, x is linear in lambda: x_0 + slope (lambda - lambda_0). With d|kappa| ~ e^lambda dlambda,
@@ -448,8 +466,8 @@ def ode(
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     s, R = process.sigma_data, process.sigma_data * math.sqrt(2 * m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
-    z = mix(torch.linalg.inv(process.cholesky(ts[0])), m0)
-    x, slope = first_prediction(process, net, m0, ts[0], label, data_mean), 0.0
+    x, m = first_prediction(process, net, m0, ts[0], label, data_mean, condition)
+    z, slope = mix(torch.linalg.inv(process.cholesky(ts[0])), m), 0.0
     for t, t_next in pairwise(ts):
         h = float(process.clock(t_next, R) - process.clock(t, R))
         c = h / -math.expm1(-h) - 1
@@ -458,7 +476,9 @@ def ode(
         step = (kappa_next - keep * kappa)[:, None]
         ahead = x + c * slope
         z = mix(step, ahead) + keep * z + math.sqrt(1 - keep**2) * (randn(z) if eta else 0)
-        x_next = denoise(process, net, mix(process.cholesky(t_next), z), t_next, label)
+        m = mix(process.cholesky(t_next), z)
+        x_next, new = predict(process, net, m, t_next, label, condition)
+        z = z if new is m else mix(torch.linalg.inv(process.cholesky(t_next)), new)
         if correct and t_next != ts[-1]:
             shift = x + c * (x_next - x) / h - ahead
             z = z + mix(step, shift)
@@ -467,11 +487,11 @@ def ode(
     return x
 
 
-def first_prediction(process, net, m0, t, label, data_mean):
-    """data_mean for each sample (B, C, ...), or, where it is None, a network call."""
+def first_prediction(process, net, m0, t, label, data_mean, condition):
+    """data_mean for each sample (B, C, ...) and m0, or, where it is None, what `predict` says."""
     if data_mean is None:
-        return denoise(process, net, m0, t, label)
-    return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0)
+        return predict(process, net, m0, t, label, condition)
+    return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0), m0
 
 
 def gauss_legendre(a, b, nodes=16):

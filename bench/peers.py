@@ -327,7 +327,8 @@ def draw(path, method, order, sampler, n, nfe, seed, grid, batch=1000, amp=False
     prior = FM().prior if method is None and process.n > 1 else process.prior  # EDM's samplers start from plain noise
     generator, out = torch.Generator().manual_seed(seed), []
     torch.manual_seed(seed + 10**6)  # the noise of stochastic steps, which must not repeat that of m0
-    if "data_mean" in inspect.signature(sampler).parameters:
+    takes = inspect.signature(sampler).parameters
+    if "data_mean" in takes and takes["data_mean"].default is not None:  # its free first node is on
         grid = {"data_mean": config.get("data_mean", 0.0), **grid}
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         for i in range(0, n, batch):
@@ -338,14 +339,18 @@ def draw(path, method, order, sampler, n, nfe, seed, grid, batch=1000, amp=False
 
 def converged(path, method, order, flow, n, seed, nfe, batch=1000, amp=False):
     """The first n samples again, from the same noise but along the network's own flow with so many calls that they no
-    longer move. Kept beside the checkpoint. The peers, whose m0 is the noise of y, share that of HOLD of order 1."""
-    fm = train.load_checkpoint(path)["config"]["method"] == "fm"
+    longer move. Kept beside the checkpoint. The peers, whose m0 is the noise of y, share that of HOLD of order 1.
+
+    Without `ode`'s free first node, whose error falls only as 1 / nfe; but a network that is no denoiser knows less at
+    the prior than the mean."""
+    config = train.load_checkpoint(path)["config"]
+    fm, grid = config["method"] == "fm", {"data_mean": None} if (flow, config["param"]) == ("ode", "denoiser") else {}
     if method is None and not fm:
         method, order = "hold", 1
     file = path.parent / f"{flow}-{method}{order or ''}-{nfe}-{seed}-{min(n, batch)}-{n}.pt"
     if not file.exists():
         sampler = fm_midpoint if fm else train.METHODS[method][0].SAMPLERS[flow]
-        torch.save(draw(path, method, order, sampler, n, nfe, seed, {}, batch, amp), file)
+        torch.save(draw(path, method, order, sampler, n, nfe, seed, grid, batch, amp), file)
     return torch.load(file, weights_only=True)
 
 

@@ -42,6 +42,7 @@ Coefficients are float64 on the CPU; `mix` and `each` alone bring them to the dt
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
 from itertools import pairwise
 from typing import ClassVar
 
@@ -49,6 +50,12 @@ import torch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The process
+
+
+def by_time(f):
+    """f(process, t, ...) whose results are kept for times given as floats: samplers ask for the same ones again."""
+    kept = lru_cache(4096)(torch.inference_mode(False)(f))
+    return wraps(f)(lambda process, t, *args: (kept if isinstance(t, float) else f)(process, t, *args))
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class AGM:
         kicks = matrix([[-torch.expm1(3 * log_tau), 3 * log_tau], [3 * log_tau, torch.expm1(-3 * log_tau)]])
         return tau, M, M0_inv @ prior @ M0_inv.T + self.p**2 / 27 * kicks
 
+    @by_time
     def mean(self, t):
         """(..., 2): (1, 0) + M M(0)^-1 (-1, 0) = (1 - 4 tau/3 + tau^4/3, 4/3 (1 - tau^3)), in t: nothing cancels."""
         t = 1 - self.modes(t)[0]
@@ -101,6 +109,7 @@ class AGM:
         _, M, C = self.modes(t)
         return M @ C @ M.mT
 
+    @by_time
     def cholesky(self, t):
         """(..., 2, 2): lower L with L L^T = cov(t). L_vv = |det M| sqrt(det C) / L_xx: no cancellation as t -> 1."""
         (tau, _, C), S = self.modes(t), self.cov(t)
@@ -108,6 +117,7 @@ class AGM:
         det = C[..., 0, 0] * C[..., 1, 1] - C[..., 0, 1] ** 2
         return matrix([[Lxx, torch.zeros_like(Lxx)], [S[..., 0, 1] / Lxx, 3 * tau**4 * det.sqrt() / Lxx]])
 
+    @by_time
     def kappa(self, t):
         """(..., 2): L^-1 mean."""
         return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
@@ -116,6 +126,7 @@ class AGM:
         """(...): mean^T cov^-1 mean, rising from 0 at t = 0."""
         return self.kappa(t).square().sum(-1)
 
+    @by_time
     def clock(self, t, R):
         """(...): lambda = log(1 + R sqrt(SNR)), about R sqrt(SNR) below 1/R and its logarithm above."""
         return torch.log1p(R * self.snr(t).sqrt())
@@ -171,11 +182,13 @@ def gain(process, t):
     return torch.stack([r_x, r_v], -1)
 
 
+@by_time
 def scale(process, t):
     """s (...) = |r|: the standard deviation of F at x1 = 0."""
     return gain(process, t).norm(dim=-1)
 
 
+@by_time
 def affine(process, t):
     """w (..., 2) and b (...) of F = w . m + b x1, from r . eps = (L^-T r) . (m - mean x1)."""
     w = torch.linalg.solve_triangular(process.cholesky(t).mT, gain(process, t)[..., None], upper=True)[..., 0]
@@ -242,6 +255,7 @@ def precondition(process, net, y, snr, label=None):
     return each(c_skip, y) + each(c_out, net(each(c_in, y), c_noise.to(y), label).to(y))
 
 
+@by_time
 def project(process, t):
     """w (..., 2) and SNR (...), t > 0, with y / sigma = w . m: w = cov^-1 mean / sqrt(SNR)."""
     kappa = process.kappa(t)
@@ -281,8 +295,9 @@ def redraw(process, m, t, x1, randn=torch.randn_like):
 # rho and t_end shape the grid of times, randn(x) draws unit noise shaped like x, label goes to the network.
 
 
+@lru_cache(1000)
 def times(process, nfe, rho, t_end, R=None, extra=0):
-    """nfe + extra times (a list) from t0 to t_end, even in t^(1/rho), or given R in lambda^(1/rho).
+    """nfe + extra times from t0 to t_end, even in t^(1/rho), or given R in lambda^(1/rho).
 
     t_end None: 1.5 mean steps before the data, which the last prediction covers; given R, where y has noise of standard
     deviation 1/(3 nfe). ValueError for nfe, rho or t_end out of range.
@@ -297,7 +312,7 @@ def times(process, nfe, rho, t_end, R=None, extra=0):
         raise ValueError(f"want 0.01 <= rho <= 100 and {process.t0} < t_end <= {process.t1}, got {rho=}, {t_end=}")
     a, b = (float(process.clock(t, R) if R else t) ** (1 / rho) for t in (process.t0, t_end))
     u = torch.linspace(a, b, nfe + extra, dtype=torch.float64)[1:-1] ** rho
-    return [process.t0, *(process.time(u, R) if R else u).tolist(), t_end][: nfe + extra]
+    return (process.t0, *(process.time(u, R) if R else u).tolist(), t_end)[: nfe + extra]
 
 
 @torch.no_grad()
@@ -424,6 +439,7 @@ def advance(flow, m, nodes, t, t_next):
     return m
 
 
+@lru_cache(1000)
 def gauss_legendre(a, b, nodes=16):
     """Nodes and weights on [a, b] from the eigenvectors of the Jacobi matrix (Golub & Welsch 1969)."""
     k = torch.arange(1, nodes, dtype=torch.float64)

@@ -166,7 +166,6 @@ def data_step(y, s, s_next, past):
     """DPM-Solver++ (multistep) and UniPC: D is a polynomial in lambda = -log sigma, and 1 / sigma = e^lambda.
 
     Exact but for two nodes, of which both take the value at mid-step: that is (2M), and UniPC with B(h) = e^h - 1.
-    (DPM-Solver++'s published code halves the curvature of its (3M), which makes it second order.)
     """
     nodes, a, b = [-math.log(sigma) for sigma, *_ in past], -math.log(s), -math.log(s_next)
     if len(past) == 2:

@@ -80,11 +80,6 @@ class AGM:
         if not (self.bound > 0 and 0 < self.sigma_data < math.inf and self.param in ("paper", "denoiser")):
             raise ValueError(f"AGM wants bound > 0, sigma_data > 0 and param 'paper' or 'denoiser', got {self}")
 
-    @property
-    def t_range(self):
-        """First and last time a network is asked about."""
-        return self.t0, self.t1
-
     def modes(self, t):
         """tau (...), M (..., 2, 2) and Cov(c) (..., 2, 2)."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
@@ -274,19 +269,12 @@ def denoise(process, net, m, t, label=None):
     return x1.clamp(-process.bound, process.bound)
 
 
-def predict(process, net, m, t, label, condition=None):
-    """E[x1 | m] and the state to go on from: m, unless a `condition` of the same arguments makes something else of both
-    (conditional generation without retraining; sample.py has some)."""
+def predict(process, net, m, t, label=None, condition=None, data_mean=None):
+    """E[x1 | m] (B, C, ...) and the state to go on from. That is m, unless `condition`, a function of the first five
+    arguments, makes something else of both. data_mean: where m tells nothing yet, this is E[x1 | m], without a call."""
+    if data_mean is not None:
+        return torch.zeros_like(m.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m), m
     return condition(process, net, m, t, label) if condition else (denoise(process, net, m, t, label), m)
-
-
-def redraw(process, m, t, x1, randn=torch.randn_like):
-    """m (B, 2C, ...) with v drawn anew, given x and x1 (the paper's dyn-v): in m = mean x1 + L eps, L lower, the noise
-    of x stays and that of v is fresh."""
-    mean, L = process.mean(t), process.cholesky(t)
-    data, rest = m[:, : x1.shape[1]], m[:, x1.shape[1] :]
-    eps = torch.cat([(data - float(mean[0]) * x1) / float(L[0, 0]), randn(rest)], 1)
-    return torch.cat([data, (mix(mean[:, None], x1) + mix(L, eps))[:, x1.shape[1] :]], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,7 +364,7 @@ def ode(
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     s, R = process.sigma_data, process.sigma_data * math.sqrt(2 * m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
-    x, m = first_prediction(process, net, m0, ts[0], label, data_mean, condition)
+    x, m = predict(process, net, m0, ts[0], label, condition, data_mean)
     z, slope = mix(torch.linalg.inv(process.cholesky(ts[0])), m), 0.0
     for t, t_next in pairwise(ts):
         h = float(process.clock(t_next, R) - process.clock(t, R))
@@ -397,13 +385,6 @@ def ode(
     return x
 
 
-def first_prediction(process, net, m0, t, label, data_mean, condition):
-    """data_mean for each sample (B, C, ...) and m0, or, where it is None, what `predict` says."""
-    if data_mean is None:
-        return predict(process, net, m0, t, label, condition)
-    return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0), m0
-
-
 @torch.no_grad()
 def exponential(
     process, net, m0, nfe, label=None, multistep=2, rho=1.0, t_end=None, data_mean=None, correct=True, condition=None
@@ -414,7 +395,7 @@ def exponential(
     if multistep not in (1, 2, 3, 4):
         raise ValueError(f"multistep must be 1, 2, 3 or 4, got {multistep}")
     flow, ts = replace(process, sde=False), times(process, nfe, rho, t_end, extra=data_mean is not None)
-    x, m = first_prediction(process, net, m0, ts[0], label, data_mean, condition)
+    x, m = predict(process, net, m0, ts[0], label, condition, data_mean)
     past = []  # (t, N) of the last nodes
     for t, t_next in pairwise(ts):
         past = [*past, (t, acceleration(flow, x, m, t) / float(scale(flow, t)))][-multistep:]

@@ -109,11 +109,6 @@ class HOLD:
         return operator.index(self.order)
 
     @property
-    def t_range(self):
-        """First and last time a network is asked about."""
-        return self.t_min, self.T
-
-    @property
     def critical(self):
         """gamma (n - 1,) and xi at which all n eigenvalues of the drift are equal."""
         n, lam2 = self.n, max(2 * self.n - 3, 1)
@@ -357,19 +352,12 @@ def denoise(process, net, m, t, label=None):
     return x.clamp(-process.bound, process.bound)
 
 
-def predict(process, net, m, t, label, condition=None):
-    """E[x | m] and the state to go on from: m, unless a `condition` of the same arguments makes something else of both
-    (conditional generation without retraining; sample.py has some)."""
+def predict(process, net, m, t, label=None, condition=None, data_mean=None):
+    """E[x | m] (B, C, ...) and the state to go on from. That is m, unless `condition`, a function of the first five
+    arguments, makes something else of both. data_mean: where m tells nothing yet, this is E[x | m], without a call."""
+    if data_mean is not None:
+        return torch.zeros_like(m.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m), m
     return condition(process, net, m, t, label) if condition else (denoise(process, net, m, t, label), m)
-
-
-def redraw(process, m, t, x, randn=torch.randn_like):
-    """m (B, n C, ...) with the auxiliary blocks drawn anew, given the data block and x: in m = mean x + L eps, L lower,
-    the noise of the data block stays and the rest of eps is fresh (after the AGM paper's dyn-v)."""
-    mean, L = process.mean(t), process.cholesky(t)
-    data, rest = m[:, : x.shape[1]], m[:, x.shape[1] :]
-    eps = torch.cat([(data - float(mean[0]) * x) / float(L[0, 0]), randn(rest)], 1)
-    return torch.cat([data, (mix(mean[:, None], x) + mix(L, eps))[:, x.shape[1] :]], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -483,7 +471,7 @@ def ode(
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     s, R = process.sigma_data, process.sigma_data * math.sqrt(2 * m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
-    x, m = first_prediction(process, net, m0, ts[0], label, data_mean, condition)
+    x, m = predict(process, net, m0, ts[0], label, condition, data_mean)
     z, slope = mix(torch.linalg.inv(process.cholesky(ts[0])), m), 0.0
     for t, t_next in pairwise(ts):
         h = float(process.clock(t_next, R) - process.clock(t, R))
@@ -502,13 +490,6 @@ def ode(
             x_next = x_next + s**2 * float(kappa_next @ step) / (1 + s**2 * float(kappa_next @ kappa_next)) * shift
         x, slope = x_next, (x_next - x) / h
     return x
-
-
-def first_prediction(process, net, m0, t, label, data_mean, condition):
-    """data_mean for each sample (B, C, ...) and m0, or, where it is None, what `predict` says."""
-    if data_mean is None:
-        return predict(process, net, m0, t, label, condition)
-    return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0), m0
 
 
 @lru_cache(1000)

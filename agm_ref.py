@@ -42,6 +42,7 @@ Coefficients are float64 on the CPU; `mix` and `each` alone bring them to the dt
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
 from itertools import pairwise
 from typing import ClassVar
 
@@ -49,6 +50,12 @@ import torch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The process
+
+
+def by_time(f):
+    """f(process, t, ...) whose results are kept for times given as floats: samplers ask for the same ones again."""
+    kept = lru_cache(4096)(torch.inference_mode(False)(f))
+    return wraps(f)(lambda process, t, *args: (kept if isinstance(t, float) else f)(process, t, *args))
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,6 @@ class AGM:
         if not (self.bound > 0 and 0 < self.sigma_data < math.inf and self.param in ("paper", "denoiser")):
             raise ValueError(f"AGM wants bound > 0, sigma_data > 0 and param 'paper' or 'denoiser', got {self}")
 
-    @property
-    def t_range(self):
-        """First and last time a network is asked about."""
-        return self.t0, self.t1
-
     def modes(self, t):
         """tau (...), M (..., 2, 2) and Cov(c) (..., 2, 2)."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
@@ -91,6 +93,7 @@ class AGM:
         kicks = matrix([[-torch.expm1(3 * log_tau), 3 * log_tau], [3 * log_tau, torch.expm1(-3 * log_tau)]])
         return tau, M, M0_inv @ prior @ M0_inv.T + self.p**2 / 27 * kicks
 
+    @by_time
     def mean(self, t):
         """(..., 2): (1, 0) + M M(0)^-1 (-1, 0) = (1 - 4 tau/3 + tau^4/3, 4/3 (1 - tau^3)), in t: nothing cancels."""
         t = 1 - self.modes(t)[0]
@@ -101,6 +104,7 @@ class AGM:
         _, M, C = self.modes(t)
         return M @ C @ M.mT
 
+    @by_time
     def cholesky(self, t):
         """(..., 2, 2): lower L with L L^T = cov(t). L_vv = |det M| sqrt(det C) / L_xx: no cancellation as t -> 1."""
         (tau, _, C), S = self.modes(t), self.cov(t)
@@ -108,6 +112,7 @@ class AGM:
         det = C[..., 0, 0] * C[..., 1, 1] - C[..., 0, 1] ** 2
         return matrix([[Lxx, torch.zeros_like(Lxx)], [S[..., 0, 1] / Lxx, 3 * tau**4 * det.sqrt() / Lxx]])
 
+    @by_time
     def kappa(self, t):
         """(..., 2): L^-1 mean."""
         return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
@@ -116,6 +121,7 @@ class AGM:
         """(...): mean^T cov^-1 mean, rising from 0 at t = 0."""
         return self.kappa(t).square().sum(-1)
 
+    @by_time
     def clock(self, t, R):
         """(...): lambda = log(1 + R sqrt(SNR)), about R sqrt(SNR) below 1/R and its logarithm above."""
         return torch.log1p(R * self.snr(t).sqrt())
@@ -171,11 +177,13 @@ def gain(process, t):
     return torch.stack([r_x, r_v], -1)
 
 
+@by_time
 def scale(process, t):
     """s (...) = |r|: the standard deviation of F at x1 = 0."""
     return gain(process, t).norm(dim=-1)
 
 
+@by_time
 def affine(process, t):
     """w (..., 2) and b (...) of F = w . m + b x1, from r . eps = (L^-T r) . (m - mean x1)."""
     w = torch.linalg.solve_triangular(process.cholesky(t).mT, gain(process, t)[..., None], upper=True)[..., 0]
@@ -242,6 +250,7 @@ def precondition(process, net, y, snr, label=None):
     return each(c_skip, y) + each(c_out, net(each(c_in, y), c_noise.to(y), label).to(y))
 
 
+@by_time
 def project(process, t):
     """w (..., 2) and SNR (...), t > 0, with y / sigma = w . m: w = cov^-1 mean / sqrt(SNR)."""
     kappa = process.kappa(t)
@@ -260,19 +269,12 @@ def denoise(process, net, m, t, label=None):
     return x1.clamp(-process.bound, process.bound)
 
 
-def predict(process, net, m, t, label, condition=None):
-    """E[x1 | m] and the state to go on from: m, unless a `condition` of the same arguments makes something else of both
-    (conditional generation without retraining; sample.py has some)."""
+def predict(process, net, m, t, label=None, condition=None, data_mean=None):
+    """E[x1 | m] (B, C, ...) and the state to go on from. That is m, unless `condition`, a function of the first five
+    arguments, makes something else of both. data_mean: where m tells nothing yet, this is E[x1 | m], without a call."""
+    if data_mean is not None:
+        return torch.zeros_like(m.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m), m
     return condition(process, net, m, t, label) if condition else (denoise(process, net, m, t, label), m)
-
-
-def redraw(process, m, t, x1, randn=torch.randn_like):
-    """m (B, 2C, ...) with v drawn anew, given x and x1 (the paper's dyn-v): in m = mean x1 + L eps, L lower, the noise
-    of x stays and that of v is fresh."""
-    mean, L = process.mean(t), process.cholesky(t)
-    data, rest = m[:, : x1.shape[1]], m[:, x1.shape[1] :]
-    eps = torch.cat([(data - float(mean[0]) * x1) / float(L[0, 0]), randn(rest)], 1)
-    return torch.cat([data, (mix(mean[:, None], x1) + mix(L, eps))[:, x1.shape[1] :]], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,8 +283,9 @@ def redraw(process, m, t, x1, randn=torch.randn_like):
 # rho and t_end shape the grid of times, randn(x) draws unit noise shaped like x, label goes to the network.
 
 
+@lru_cache(1000)
 def times(process, nfe, rho, t_end, R=None, extra=0):
-    """nfe + extra times (a list) from t0 to t_end, even in t^(1/rho), or given R in lambda^(1/rho).
+    """nfe + extra times from t0 to t_end, even in t^(1/rho), or given R in lambda^(1/rho).
 
     t_end None: 1.5 mean steps before the data, which the last prediction covers; given R, where y has noise of standard
     deviation 1/(3 nfe). ValueError for nfe, rho or t_end out of range.
@@ -297,7 +300,7 @@ def times(process, nfe, rho, t_end, R=None, extra=0):
         raise ValueError(f"want 0.01 <= rho <= 100 and {process.t0} < t_end <= {process.t1}, got {rho=}, {t_end=}")
     a, b = (float(process.clock(t, R) if R else t) ** (1 / rho) for t in (process.t0, t_end))
     u = torch.linspace(a, b, nfe + extra, dtype=torch.float64)[1:-1] ** rho
-    return [process.t0, *(process.time(u, R) if R else u).tolist(), t_end][: nfe + extra]
+    return (process.t0, *(process.time(u, R) if R else u).tolist(), t_end)[: nfe + extra]
 
 
 @torch.no_grad()
@@ -361,7 +364,7 @@ def ode(
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     s, R = process.sigma_data, process.sigma_data * math.sqrt(2 * m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
-    x, m = first_prediction(process, net, m0, ts[0], label, data_mean, condition)
+    x, m = predict(process, net, m0, ts[0], label, condition, data_mean)
     z, slope = mix(torch.linalg.inv(process.cholesky(ts[0])), m), 0.0
     for t, t_next in pairwise(ts):
         h = float(process.clock(t_next, R) - process.clock(t, R))
@@ -382,13 +385,6 @@ def ode(
     return x
 
 
-def first_prediction(process, net, m0, t, label, data_mean, condition):
-    """data_mean for each sample (B, C, ...) and m0, or, where it is None, what `predict` says."""
-    if data_mean is None:
-        return predict(process, net, m0, t, label, condition)
-    return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0), m0
-
-
 @torch.no_grad()
 def exponential(
     process, net, m0, nfe, label=None, multistep=2, rho=1.0, t_end=None, data_mean=None, correct=True, condition=None
@@ -399,7 +395,7 @@ def exponential(
     if multistep not in (1, 2, 3, 4):
         raise ValueError(f"multistep must be 1, 2, 3 or 4, got {multistep}")
     flow, ts = replace(process, sde=False), times(process, nfe, rho, t_end, extra=data_mean is not None)
-    x, m = first_prediction(process, net, m0, ts[0], label, data_mean, condition)
+    x, m = predict(process, net, m0, ts[0], label, condition, data_mean)
     past = []  # (t, N) of the last nodes
     for t, t_next in pairwise(ts):
         past = [*past, (t, acceleration(flow, x, m, t) / float(scale(flow, t)))][-multistep:]
@@ -424,6 +420,7 @@ def advance(flow, m, nodes, t, t_next):
     return m
 
 
+@lru_cache(1000)
 def gauss_legendre(a, b, nodes=16):
     """Nodes and weights on [a, b] from the eigenvectors of the Jacobi matrix (Golub & Welsch 1969)."""
     k = torch.arange(1, nodes, dtype=torch.float64)

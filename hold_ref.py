@@ -46,7 +46,7 @@ import math
 import operator
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, wraps
 from itertools import pairwise
 from typing import ClassVar
 
@@ -54,6 +54,12 @@ import torch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The process
+
+
+def by_time(f):
+    """f(process, t, ...) whose results are kept for times given as floats: samplers ask for the same ones again."""
+    kept = lru_cache(4096)(torch.inference_mode(False)(f))
+    return wraps(f)(lambda process, t, *args: (kept if isinstance(t, float) else f)(process, t, *args))
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,6 @@ class HOLD:
         return operator.index(self.order)
 
     @property
-    def t_range(self):
-        """First and last time a network is asked about."""
-        return self.t_min, self.T
-
-    @property
     def critical(self):
         """gamma (n - 1,) and xi at which all n eigenvalues of the drift are equal."""
         n, lam2 = self.n, max(2 * self.n - 3, 1)
@@ -132,29 +133,34 @@ class HOLD:
         F[-1, -1] = -xi
         return F
 
-    def transition(self, t, columns=slice(None)):
-        """(..., n, n), or only its columns: exp(F t)."""
+    @by_time
+    def transition(self, t, column=None):
+        """(..., n, n), or one column (..., n): exp(F t)."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")[..., None, None]
         if not ((t >= 0) & (t < math.inf)).all():
             raise ValueError(f"HOLD time runs from 0 (data) to T (prior), got {t.min():g} to {t.max():g}")
         if not self.is_critical:
-            return torch.linalg.matrix_exp(self.drift() * t)[..., columns]
+            E = torch.linalg.matrix_exp(self.drift() * t)
+            return E if column is None else E[..., column]
         lam, eye = -self.damping[1] / self.n, torch.eye(self.n, dtype=torch.float64)
-        power = total = eye[:, columns]
+        power = total = eye if column is None else eye[:, [column]]
         for k in range(1, self.n):
             power = (self.drift() - lam * eye) @ power
             total = total + power * t**k / math.factorial(k)
-        return torch.exp(lam * t) * total
+        total = torch.exp(lam * t) * total
+        return total if column is None else total[..., 0]
 
+    @by_time
     def mean(self, t):
         """(..., n): exp(F t) e_1."""
-        return self.transition(t, [0])[..., 0]
+        return self.transition(t, 0)
 
     def cov(self, t):
         """(..., n, n): L L^T, from the factor, which keeps the digits at small t."""
         L = self.cholesky(t)
         return L @ L.mT
 
+    @by_time
     def cholesky(self, t):
         """(..., n, n): lower L with L L^T = cov(t).
 
@@ -169,6 +175,7 @@ class HOLD:
         is_late = rest.abs().amax((-2, -1), keepdim=True) < self.L_inv / 4
         return torch.where(is_late, torch.linalg.cholesky(self.L_inv * eye + rest * is_late), early)
 
+    @by_time
     def diffusion(self, t):
         """(..., n, K): Q with Q Q^T = 2 xi L_inv int_0^t exp(F s) e_n e_n^T exp(F s)^T ds, a column per node s.
 
@@ -180,12 +187,13 @@ class HOLD:
         doublings = max(0, math.ceil(math.log2(max(turns, 1) / 16)))
         t = t / 2**doublings
         s, ds = gauss_legendre(0.0, 1.0, 40)
-        columns = self.transition(t[..., None] * s, [-1])[..., 0].mT
+        columns = self.transition(t[..., None] * s, self.n - 1).mT
         Q = columns * (2 * self.damping[1] * self.L_inv * t[..., None] * ds).sqrt()[..., None, :]
         for i in range(doublings):
             Q = lower(torch.cat([self.transition(t * 2**i) @ Q, Q], -1))
         return Q
 
+    @by_time
     def kappa(self, t):
         """(..., n): L^-1 mean."""
         return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
@@ -194,6 +202,7 @@ class HOLD:
         """(...): mean^T cov^-1 mean, falling from infinity at t = 0."""
         return self.kappa(t).square().sum(-1)
 
+    @by_time
     def clock(self, t, R=R):
         """(...): lambda = log(1 + R sqrt(SNR)), about R sqrt(SNR) below 1/R and its logarithm above."""
         return torch.log1p(R * self.snr(t).sqrt())
@@ -255,6 +264,7 @@ def each(c, x):
 # 2. The paper's target eps_n, and its loss
 
 
+@by_time
 def affine(process, t):
     """w (..., n) and b (...) of eps_n = w . m + b x: w is the last row of L^-1, b = -kappa_n."""
     e_n = torch.eye(process.n, dtype=torch.float64)[:, -1:]
@@ -323,6 +333,7 @@ def precondition(process, net, y, snr, label=None):
     return each(c_skip, y) + each(c_out, net(each(c_in, y), c_noise.to(y), label).to(y))
 
 
+@by_time
 def project(process, t):
     """w (..., n) and SNR (...), t > 0, with y / sigma = w . m: w = cov^-1 mean / sqrt(SNR)."""
     kappa = process.kappa(t)
@@ -341,19 +352,12 @@ def denoise(process, net, m, t, label=None):
     return x.clamp(-process.bound, process.bound)
 
 
-def predict(process, net, m, t, label, condition=None):
-    """E[x | m] and the state to go on from: m, unless a `condition` of the same arguments makes something else of both
-    (conditional generation without retraining; sample.py has some)."""
+def predict(process, net, m, t, label=None, condition=None, data_mean=None):
+    """E[x | m] (B, C, ...) and the state to go on from. That is m, unless `condition`, a function of the first five
+    arguments, makes something else of both. data_mean: where m tells nothing yet, this is E[x | m], without a call."""
+    if data_mean is not None:
+        return torch.zeros_like(m.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m), m
     return condition(process, net, m, t, label) if condition else (denoise(process, net, m, t, label), m)
-
-
-def redraw(process, m, t, x, randn=torch.randn_like):
-    """m (B, n C, ...) with the auxiliary blocks drawn anew, given the data block and x: in m = mean x + L eps, L lower,
-    the noise of the data block stays and the rest of eps is fresh (after the AGM paper's dyn-v)."""
-    mean, L = process.mean(t), process.cholesky(t)
-    data, rest = m[:, : x.shape[1]], m[:, x.shape[1] :]
-    eps = torch.cat([(data - float(mean[0]) * x) / float(L[0, 0]), randn(rest)], 1)
-    return torch.cat([data, (mix(mean[:, None], x) + mix(L, eps))[:, x.shape[1] :]], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,8 +368,9 @@ def redraw(process, m, t, x, randn=torch.randn_like):
 # s^2 / (s^2 + sigma^2) of its variance, sigma the noise at the last call.
 
 
+@lru_cache(1000)
 def times(process, nfe, rho, t_end, R=HOLD.R, extra=0):
-    """nfe + extra times (a list) from T down to t_end, even in lambda^(1/rho): in t, a high order would skip low noise.
+    """nfe + extra times from T down to t_end, even in lambda^(1/rho): in t, a high order would skip low noise.
 
     t_end None: where y has noise of standard deviation 1/(3 nfe). ValueError for nfe, rho or t_end out of range.
     """
@@ -377,7 +382,7 @@ def times(process, nfe, rho, t_end, R=HOLD.R, extra=0):
         raise ValueError(f"want 0.01 <= rho <= 100 and {process.t_min:g} <= t_end < {process.T}, got {rho=}, {t_end=}")
     a, b = (float(process.clock(t, R)) ** (1 / rho) for t in (process.T, t_end))
     u = torch.linspace(a, b, nfe + extra, dtype=torch.float64)[1:-1] ** rho
-    return [process.T, *process.time(u, R).tolist(), t_end][: nfe + extra]
+    return (process.T, *process.time(u, R).tolist(), t_end)[: nfe + extra]
 
 
 @torch.no_grad()
@@ -466,7 +471,7 @@ def ode(
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     s, R = process.sigma_data, process.sigma_data * math.sqrt(2 * m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
-    x, m = first_prediction(process, net, m0, ts[0], label, data_mean, condition)
+    x, m = predict(process, net, m0, ts[0], label, condition, data_mean)
     z, slope = mix(torch.linalg.inv(process.cholesky(ts[0])), m), 0.0
     for t, t_next in pairwise(ts):
         h = float(process.clock(t_next, R) - process.clock(t, R))
@@ -487,13 +492,7 @@ def ode(
     return x
 
 
-def first_prediction(process, net, m0, t, label, data_mean, condition):
-    """data_mean for each sample (B, C, ...) and m0, or, where it is None, what `predict` says."""
-    if data_mean is None:
-        return predict(process, net, m0, t, label, condition)
-    return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0), m0
-
-
+@lru_cache(1000)
 def gauss_legendre(a, b, nodes=16):
     """Nodes and weights on [a, b] from the eigenvectors of the Jacobi matrix (Golub & Welsch 1969)."""
     k = torch.arange(1, nodes, dtype=torch.float64)

@@ -53,9 +53,10 @@ import torch
 
 
 def by_time(f):
-    """f(process, t, ...) whose results are kept for times given as floats: samplers ask for the same ones again."""
+    """f(process, t, ...) whose results, not to be changed in place, are kept for times given as floats: samplers ask for
+    the same ones batch after batch."""
     kept = lru_cache(4096)(torch.inference_mode(False)(f))
-    return wraps(f)(lambda process, t, *args: (kept if isinstance(t, float) else f)(process, t, *args))
+    return wraps(f)(lambda process, t, *args, **kw: (kept if isinstance(t, float) else f)(process, t, *args, **kw))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ Coefficients are float64 on the CPU; `mix` and `each` alone bring them to the dt
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
 from itertools import pairwise
 from typing import ClassVar
 
@@ -49,6 +50,12 @@ import torch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The process
+
+
+def by_time(f):
+    """f(process, t, ...) whose results are kept for times given as floats: samplers ask for the same ones again."""
+    kept = lru_cache(4096)(torch.inference_mode(False)(f))
+    return wraps(f)(lambda process, t, *args: (kept if isinstance(t, float) else f)(process, t, *args))
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,6 @@ class AGM:
         if not (self.bound > 0 and 0 < self.sigma_data < math.inf and self.param in ("paper", "denoiser")):
             raise ValueError(f"AGM wants bound > 0, sigma_data > 0 and param 'paper' or 'denoiser', got {self}")
 
-    @property
-    def t_range(self):
-        """First and last time a network is asked about."""
-        return self.t0, self.t1
-
     def modes(self, t):
         """tau (...), M (..., 2, 2) and Cov(c) (..., 2, 2)."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
@@ -91,6 +93,7 @@ class AGM:
         kicks = matrix([[-torch.expm1(3 * log_tau), 3 * log_tau], [3 * log_tau, torch.expm1(-3 * log_tau)]])
         return tau, M, M0_inv @ prior @ M0_inv.T + self.p**2 / 27 * kicks
 
+    @by_time
     def mean(self, t):
         """(..., 2): (1, 0) + M M(0)^-1 (-1, 0) = (1 - 4 tau/3 + tau^4/3, 4/3 (1 - tau^3)), in t: nothing cancels."""
         t = 1 - self.modes(t)[0]
@@ -101,6 +104,7 @@ class AGM:
         _, M, C = self.modes(t)
         return M @ C @ M.mT
 
+    @by_time
     def cholesky(self, t):
         """(..., 2, 2): lower L with L L^T = cov(t). L_vv = |det M| sqrt(det C) / L_xx: no cancellation as t -> 1."""
         (tau, _, C), S = self.modes(t), self.cov(t)
@@ -108,6 +112,7 @@ class AGM:
         det = C[..., 0, 0] * C[..., 1, 1] - C[..., 0, 1] ** 2
         return matrix([[Lxx, torch.zeros_like(Lxx)], [S[..., 0, 1] / Lxx, 3 * tau**4 * det.sqrt() / Lxx]])
 
+    @by_time
     def kappa(self, t):
         """(..., 2): L^-1 mean."""
         return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
@@ -116,6 +121,7 @@ class AGM:
         """(...): mean^T cov^-1 mean, rising from 0 at t = 0."""
         return self.kappa(t).square().sum(-1)
 
+    @by_time
     def clock(self, t, R):
         """(...): lambda = log(1 + R sqrt(SNR)), about R sqrt(SNR) below 1/R and its logarithm above."""
         return torch.log1p(R * self.snr(t).sqrt())
@@ -171,11 +177,13 @@ def gain(process, t):
     return torch.stack([r_x, r_v], -1)
 
 
+@by_time
 def scale(process, t):
     """s (...) = |r|: the standard deviation of F at x1 = 0."""
     return gain(process, t).norm(dim=-1)
 
 
+@by_time
 def affine(process, t):
     """w (..., 2) and b (...) of F = w . m + b x1, from r . eps = (L^-T r) . (m - mean x1)."""
     w = torch.linalg.solve_triangular(process.cholesky(t).mT, gain(process, t)[..., None], upper=True)[..., 0]
@@ -242,6 +250,7 @@ def precondition(process, net, y, snr, label=None):
     return each(c_skip, y) + each(c_out, net(each(c_in, y), c_noise.to(y), label).to(y))
 
 
+@by_time
 def project(process, t):
     """w (..., 2) and SNR (...), t > 0, with y / sigma = w . m: w = cov^-1 mean / sqrt(SNR)."""
     kappa = process.kappa(t)
@@ -260,14 +269,23 @@ def denoise(process, net, m, t, label=None):
     return x1.clamp(-process.bound, process.bound)
 
 
+def predict(process, net, m, t, label=None, condition=None, data_mean=None):
+    """E[x1 | m] (B, C, ...) and the state to go on from. That is m, unless `condition`, a function of the first five
+    arguments, makes something else of both. data_mean: where m tells nothing yet, this is E[x1 | m], without a call."""
+    if data_mean is not None:
+        return torch.zeros_like(m.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m), m
+    return condition(process, net, m, t, label) if condition else (denoise(process, net, m, t, label), m)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Samplers: m0 (B, 2C, ...) from the prior -> x1 (B, C, ...), with exactly nfe network calls and no gradients; the
 # result is the last call's prediction. All take their force from the prediction of x1, so any network serves them all.
 # rho and t_end shape the grid of times, randn(x) draws unit noise shaped like x, label goes to the network.
 
 
+@lru_cache(1000)
 def times(process, nfe, rho, t_end, R=None, extra=0):
-    """nfe + extra times (a list) from t0 to t_end, even in t^(1/rho), or given R in lambda^(1/rho).
+    """nfe + extra times from t0 to t_end, even in t^(1/rho), or given R in lambda^(1/rho).
 
     t_end None: 1.5 mean steps before the data, which the last prediction covers; given R, where y has noise of standard
     deviation 1/(3 nfe). ValueError for nfe, rho or t_end out of range.
@@ -282,23 +300,24 @@ def times(process, nfe, rho, t_end, R=None, extra=0):
         raise ValueError(f"want 0.01 <= rho <= 100 and {process.t0} < t_end <= {process.t1}, got {rho=}, {t_end=}")
     a, b = (float(process.clock(t, R) if R else t) ** (1 / rho) for t in (process.t0, t_end))
     u = torch.linspace(a, b, nfe + extra, dtype=torch.float64)[1:-1] ** rho
-    return [process.t0, *(process.time(u, R) if R else u).tolist(), t_end][: nfe + extra]
+    return (process.t0, *(process.time(u, R) if R else u).tolist(), t_end)[: nfe + extra]
 
 
 @torch.no_grad()
-def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like, condition=None):
     """SDE, Euler-Maruyama."""
     sde, m, ts = replace(process, sde=True), m0, times(process, nfe, rho, t_end)
     for t, t_next in pairwise(ts):
         h = t_next - t
-        F = acceleration(sde, denoise(process, net, m, t, label), m, t)
+        x1, m = predict(process, net, m, t, label, condition)
+        F = acceleration(sde, x1, m, t)
         x, v = m.chunk(2, 1)
         m = torch.cat([x + h * v, v + h * F + process.p * (1 - t) * math.sqrt(h) * randn(v)], 1)
-    return denoise(process, net, m, ts[-1], label)
+    return predict(process, net, m, ts[-1], label, condition)[0]
 
 
 @torch.no_grad()
-def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like, condition=None):
     """SDE, symmetric splitting (the paper's SSS): half a step of free motion with noise, the kick v += h F with F at
     mid-step, half a step of free motion. First order in law: F contains v, and the kick is an Euler step.
     t_end ends the last step (default t1), whose call is at its middle."""
@@ -307,7 +326,7 @@ def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torc
     for t, t_next in pairwise(ts):
         h, middle = t_next - t, (t + t_next) / 2
         m = free_motion(process, m, t, h / 2, randn)
-        x1 = denoise(process, net, m, middle, label)
+        x1, m = predict(process, net, m, middle, label, condition)
         x, v = m.chunk(2, 1)
         m = torch.cat([x, v + h * acceleration(sde, x1, m, middle)], 1)
         m = free_motion(process, m, middle, h / 2, randn)
@@ -328,8 +347,9 @@ def drift(m, h):
 
 @torch.no_grad()
 def ode(
-    process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True, randn=torch.randn_like
-):
+    process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True,
+    randn=torch.randn_like, condition=None,
+):  # fmt: skip
     """ODE, for few steps: take the noise out of z = kappa x1 + eps and put it back at the next kappa, as DDIM does.
 
     Over a step of length h, x1 is linear in lambda: x_0 + slope (lambda - lambda_0). With d|kappa| ~ e^lambda dlambda,
@@ -344,8 +364,8 @@ def ode(
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     s, R = process.sigma_data, process.sigma_data * math.sqrt(2 * m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
-    z = mix(torch.linalg.inv(process.cholesky(ts[0])), m0)
-    x, slope = first_prediction(process, net, m0, ts[0], label, data_mean), 0.0
+    x, m = predict(process, net, m0, ts[0], label, condition, data_mean)
+    z, slope = mix(torch.linalg.inv(process.cholesky(ts[0])), m), 0.0
     for t, t_next in pairwise(ts):
         h = float(process.clock(t_next, R) - process.clock(t, R))
         c = h / -math.expm1(-h) - 1
@@ -354,7 +374,9 @@ def ode(
         step = (kappa_next - keep * kappa)[:, None]
         ahead = x + c * slope
         z = mix(step, ahead) + keep * z + math.sqrt(1 - keep**2) * (randn(z) if eta else 0)
-        x_next = denoise(process, net, mix(process.cholesky(t_next), z), t_next, label)
+        m = mix(process.cholesky(t_next), z)
+        x_next, new = predict(process, net, m, t_next, label, condition)
+        z = z if new is m else mix(torch.linalg.inv(process.cholesky(t_next)), new)
         if correct and t_next != ts[-1]:
             shift = x + c * (x_next - x) / h - ahead
             z = z + mix(step, shift)
@@ -363,33 +385,28 @@ def ode(
     return x
 
 
-def first_prediction(process, net, m0, t, label, data_mean):
-    """data_mean for each sample (B, C, ...), or, where it is None, a network call."""
-    if data_mean is None:
-        return denoise(process, net, m0, t, label)
-    return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0)
-
-
 @torch.no_grad()
-def exponential(process, net, m0, nfe, label=None, multistep=2, rho=1.0, t_end=None, data_mean=None, correct=True):
+def exponential(
+    process, net, m0, nfe, label=None, multistep=2, rho=1.0, t_end=None, data_mean=None, correct=True, condition=None
+):
     """ODE, the paper's exponential Adams-Bashforth: N = F/s of the last `multistep` (1-4) nodes is extrapolated over
     the step, x += h v + int (t_next - u) s(u) N(u) du, v += int s(u) N(u) du. The paper: rho = 2, t_end = .4, .7, .9
     for nfe 5, 10, 20. data_mean, correct: as in `ode`; corrected, N is interpolated through the new node too."""
     if multistep not in (1, 2, 3, 4):
         raise ValueError(f"multistep must be 1, 2, 3 or 4, got {multistep}")
     flow, ts = replace(process, sde=False), times(process, nfe, rho, t_end, extra=data_mean is not None)
-    x, m, past = first_prediction(process, net, m0, ts[0], label, data_mean), m0, []  # past: (t, N) of the last nodes
+    x, m = predict(process, net, m0, ts[0], label, condition, data_mean)
+    past = []  # (t, N) of the last nodes
     for t, t_next in pairwise(ts):
         past = [*past, (t, acceleration(flow, x, m, t) / float(scale(flow, t)))][-multistep:]
-        before, m = m, advance(flow, m, past, t, t_next)
-        x = denoise(process, net, m, t_next, label)
+        before, ahead = m, advance(flow, m, past, t, t_next)
+        x, m = predict(process, net, ahead, t_next, label, condition)
         if correct and t_next != ts[-1]:
             new = (t_next, acceleration(flow, x, m, t_next) / float(scale(flow, t_next)))
-            moved = advance(flow, before, [*past, new], t, t_next)
-            w, snr = project(process, t_next)
-            s = process.sigma_data
-            x = x + s**2 * snr.sqrt().item() / (1 + s**2 * snr.item()) * mix(w[None], moved - m)
-            m = moved
+            shift = advance(flow, before, [*past, new], t, t_next) - ahead
+            (w, snr), s = project(process, t_next), process.sigma_data
+            x = x + s**2 * float(snr.sqrt() / (1 + s**2 * snr)) * mix(w[None], shift)
+            m = m + shift
     return x
 
 
@@ -403,6 +420,7 @@ def advance(flow, m, nodes, t, t_next):
     return m
 
 
+@lru_cache(1000)
 def gauss_legendre(a, b, nodes=16):
     """Nodes and weights on [a, b] from the eigenvectors of the Jacobi matrix (Golub & Welsch 1969)."""
     k = torch.arange(1, nodes, dtype=torch.float64)

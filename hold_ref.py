@@ -46,7 +46,7 @@ import math
 import operator
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, wraps
 from itertools import pairwise
 from typing import ClassVar
 
@@ -54,6 +54,12 @@ import torch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The process
+
+
+def by_time(f):
+    """f(process, t, ...) whose results are kept for times given as floats: samplers ask for the same ones again."""
+    kept = lru_cache(4096)(torch.inference_mode(False)(f))
+    return wraps(f)(lambda process, t, *args: (kept if isinstance(t, float) else f)(process, t, *args))
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,6 @@ class HOLD:
         return operator.index(self.order)
 
     @property
-    def t_range(self):
-        """First and last time a network is asked about."""
-        return self.t_min, self.T
-
-    @property
     def critical(self):
         """gamma (n - 1,) and xi at which all n eigenvalues of the drift are equal."""
         n, lam2 = self.n, max(2 * self.n - 3, 1)
@@ -132,29 +133,34 @@ class HOLD:
         F[-1, -1] = -xi
         return F
 
-    def transition(self, t, columns=slice(None)):
-        """(..., n, n), or only its columns: exp(F t)."""
+    @by_time
+    def transition(self, t, column=None):
+        """(..., n, n), or one column (..., n): exp(F t)."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")[..., None, None]
         if not ((t >= 0) & (t < math.inf)).all():
             raise ValueError(f"HOLD time runs from 0 (data) to T (prior), got {t.min():g} to {t.max():g}")
         if not self.is_critical:
-            return torch.linalg.matrix_exp(self.drift() * t)[..., columns]
+            E = torch.linalg.matrix_exp(self.drift() * t)
+            return E if column is None else E[..., column]
         lam, eye = -self.damping[1] / self.n, torch.eye(self.n, dtype=torch.float64)
-        power = total = eye[:, columns]
+        power = total = eye if column is None else eye[:, [column]]
         for k in range(1, self.n):
             power = (self.drift() - lam * eye) @ power
             total = total + power * t**k / math.factorial(k)
-        return torch.exp(lam * t) * total
+        total = torch.exp(lam * t) * total
+        return total if column is None else total[..., 0]
 
+    @by_time
     def mean(self, t):
         """(..., n): exp(F t) e_1."""
-        return self.transition(t, [0])[..., 0]
+        return self.transition(t, 0)
 
     def cov(self, t):
         """(..., n, n): L L^T, from the factor, which keeps the digits at small t."""
         L = self.cholesky(t)
         return L @ L.mT
 
+    @by_time
     def cholesky(self, t):
         """(..., n, n): lower L with L L^T = cov(t).
 
@@ -169,6 +175,7 @@ class HOLD:
         is_late = rest.abs().amax((-2, -1), keepdim=True) < self.L_inv / 4
         return torch.where(is_late, torch.linalg.cholesky(self.L_inv * eye + rest * is_late), early)
 
+    @by_time
     def diffusion(self, t):
         """(..., n, K): Q with Q Q^T = 2 xi L_inv int_0^t exp(F s) e_n e_n^T exp(F s)^T ds, a column per node s.
 
@@ -180,12 +187,13 @@ class HOLD:
         doublings = max(0, math.ceil(math.log2(max(turns, 1) / 16)))
         t = t / 2**doublings
         s, ds = gauss_legendre(0.0, 1.0, 40)
-        columns = self.transition(t[..., None] * s, [-1])[..., 0].mT
+        columns = self.transition(t[..., None] * s, self.n - 1).mT
         Q = columns * (2 * self.damping[1] * self.L_inv * t[..., None] * ds).sqrt()[..., None, :]
         for i in range(doublings):
             Q = lower(torch.cat([self.transition(t * 2**i) @ Q, Q], -1))
         return Q
 
+    @by_time
     def kappa(self, t):
         """(..., n): L^-1 mean."""
         return torch.linalg.solve_triangular(self.cholesky(t), self.mean(t)[..., None], upper=False)[..., 0]
@@ -194,6 +202,7 @@ class HOLD:
         """(...): mean^T cov^-1 mean, falling from infinity at t = 0."""
         return self.kappa(t).square().sum(-1)
 
+    @by_time
     def clock(self, t, R=R):
         """(...): lambda = log(1 + R sqrt(SNR)), about R sqrt(SNR) below 1/R and its logarithm above."""
         return torch.log1p(R * self.snr(t).sqrt())
@@ -255,6 +264,7 @@ def each(c, x):
 # 2. The paper's target eps_n, and its loss
 
 
+@by_time
 def affine(process, t):
     """w (..., n) and b (...) of eps_n = w . m + b x: w is the last row of L^-1, b = -kappa_n."""
     e_n = torch.eye(process.n, dtype=torch.float64)[:, -1:]
@@ -323,6 +333,7 @@ def precondition(process, net, y, snr, label=None):
     return each(c_skip, y) + each(c_out, net(each(c_in, y), c_noise.to(y), label).to(y))
 
 
+@by_time
 def project(process, t):
     """w (..., n) and SNR (...), t > 0, with y / sigma = w . m: w = cov^-1 mean / sqrt(SNR)."""
     kappa = process.kappa(t)
@@ -341,6 +352,14 @@ def denoise(process, net, m, t, label=None):
     return x.clamp(-process.bound, process.bound)
 
 
+def predict(process, net, m, t, label=None, condition=None, data_mean=None):
+    """E[x | m] (B, C, ...) and the state to go on from. That is m, unless `condition`, a function of the first five
+    arguments, makes something else of both. data_mean: where m tells nothing yet, this is E[x | m], without a call."""
+    if data_mean is not None:
+        return torch.zeros_like(m.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m), m
+    return condition(process, net, m, t, label) if condition else (denoise(process, net, m, t, label), m)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Samplers: m0 (B, n C, ...) from the prior -> x (B, C, ...), with exactly nfe network calls and no gradients; the
 # result is the last call's prediction. All take their force from the prediction of x, so any network serves them all.
@@ -349,8 +368,9 @@ def denoise(process, net, m, t, label=None):
 # s^2 / (s^2 + sigma^2) of its variance, sigma the noise at the last call.
 
 
+@lru_cache(1000)
 def times(process, nfe, rho, t_end, R=HOLD.R, extra=0):
-    """nfe + extra times (a list) from T down to t_end, even in lambda^(1/rho): in t, a high order would skip low noise.
+    """nfe + extra times from T down to t_end, even in lambda^(1/rho): in t, a high order would skip low noise.
 
     t_end None: where y has noise of standard deviation 1/(3 nfe). ValueError for nfe, rho or t_end out of range.
     """
@@ -362,36 +382,37 @@ def times(process, nfe, rho, t_end, R=HOLD.R, extra=0):
         raise ValueError(f"want 0.01 <= rho <= 100 and {process.t_min:g} <= t_end < {process.T}, got {rho=}, {t_end=}")
     a, b = (float(process.clock(t, R)) ** (1 / rho) for t in (process.T, t_end))
     u = torch.linspace(a, b, nfe + extra, dtype=torch.float64)[1:-1] ** rho
-    return [process.T, *process.time(u, R).tolist(), t_end][: nfe + extra]
+    return (process.T, *process.time(u, R).tolist(), t_end)[: nfe + extra]
 
 
 @torch.no_grad()
-def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like, condition=None):
     """SDE, Euler-Maruyama."""
     m, xi, e_n = m0, process.damping[1], torch.eye(process.n, dtype=torch.float64)[:, -1:]
     ts = times(process, nfe, rho, t_end)
     for t, t_next in pairwise(ts):
         h = t - t_next
-        f = force(process, denoise(process, net, m, t, label), m, t)
+        x, m = predict(process, net, m, t, label, condition)
+        f = force(process, x, m, t)
         push = 2 * xi * h * f + math.sqrt(2 * xi * process.L_inv * h) * randn(f)
         m = m + mix(h * process.drift().mT, m) + mix(e_n, push)
-    return denoise(process, net, m, ts[-1], label)
+    return predict(process, net, m, ts[-1], label, condition)[0]
 
 
 @torch.no_grad()
-def lie(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+def lie(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like, condition=None):
     """SDE, Lie-Trotter splitting (the paper's): a step of linear flow, then the kick. Weak order 1.
     t_end ends the last step, where its call is."""
     m = m0
     for t, t_next in pairwise(times(process, nfe, rho, t_end, extra=1)):
         m = linear_flow(process, m, t - t_next, randn)
-        x = denoise(process, net, m, t_next, label)
+        x, m = predict(process, net, m, t_next, label, condition)
         m = kick(process, x, m, t_next, t - t_next)
     return x
 
 
 @torch.no_grad()
-def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like):
+def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like, condition=None):
     """SDE, Strang splitting: half a step of linear flow, the kick with x at mid-step, half a step of linear flow.
 
     The force depends on the block it kicks, so x is asked for half-way through the kick, where the x of the step before
@@ -403,7 +424,8 @@ def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.r
         h, middle = t - t_next, (t + t_next) / 2
         m = linear_flow(process, m, h / 2, randn)
         half_way = m if x is None else kick(process, x, m, middle, h / 2)
-        x = denoise(process, net, half_way, middle, label)
+        x, new = predict(process, net, half_way, middle, label, condition)
+        m = m + (new - half_way)
         m = linear_flow(process, kick(process, x, m, middle, h), h / 2, randn)
     return x
 
@@ -432,8 +454,9 @@ def kick(process, x, m, t, h):
 
 @torch.no_grad()
 def ode(
-    process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True, randn=torch.randn_like
-):
+    process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True,
+    randn=torch.randn_like, condition=None,
+):  # fmt: skip
     """ODE, for few steps: take the noise out of z = kappa x + eps and put it back at the next kappa, as DDIM does.
 
     Over a step of length h, x is linear in lambda: x_0 + slope (lambda - lambda_0). With d|kappa| ~ e^lambda dlambda,
@@ -448,8 +471,8 @@ def ode(
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
     s, R = process.sigma_data, process.sigma_data * math.sqrt(2 * m0[0].numel() / process.n)
     ts = times(process, nfe, rho, t_end, R, extra=data_mean is not None)
-    z = mix(torch.linalg.inv(process.cholesky(ts[0])), m0)
-    x, slope = first_prediction(process, net, m0, ts[0], label, data_mean), 0.0
+    x, m = predict(process, net, m0, ts[0], label, condition, data_mean)
+    z, slope = mix(torch.linalg.inv(process.cholesky(ts[0])), m), 0.0
     for t, t_next in pairwise(ts):
         h = float(process.clock(t_next, R) - process.clock(t, R))
         c = h / -math.expm1(-h) - 1
@@ -458,7 +481,9 @@ def ode(
         step = (kappa_next - keep * kappa)[:, None]
         ahead = x + c * slope
         z = mix(step, ahead) + keep * z + math.sqrt(1 - keep**2) * (randn(z) if eta else 0)
-        x_next = denoise(process, net, mix(process.cholesky(t_next), z), t_next, label)
+        m = mix(process.cholesky(t_next), z)
+        x_next, new = predict(process, net, m, t_next, label, condition)
+        z = z if new is m else mix(torch.linalg.inv(process.cholesky(t_next)), new)
         if correct and t_next != ts[-1]:
             shift = x + c * (x_next - x) / h - ahead
             z = z + mix(step, shift)
@@ -467,13 +492,7 @@ def ode(
     return x
 
 
-def first_prediction(process, net, m0, t, label, data_mean):
-    """data_mean for each sample (B, C, ...), or, where it is None, a network call."""
-    if data_mean is None:
-        return denoise(process, net, m0, t, label)
-    return torch.zeros_like(m0.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m0)
-
-
+@lru_cache(1000)
 def gauss_legendre(a, b, nodes=16):
     """Nodes and weights on [a, b] from the eigenvectors of the Jacobi matrix (Golub & Welsch 1969)."""
     k = torch.arange(1, nodes, dtype=torch.float64)

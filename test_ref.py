@@ -1095,6 +1095,109 @@ def test_bad_options_are_refused_in_one_line(P, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The peers of bench/
+
+
+@lru_cache(None)
+def peers():
+    sys.path.insert(0, str(HERE / "bench"))
+    return importlib.import_module("peers")
+
+
+TRIANGLE = torch.tensor([[-1.0, 0.3], [0.6, -0.8], [0.5, 0.9]], dtype=F64)
+PEER_NOISE = randn64(0, 100, 2)
+
+
+def triangle_mean(y, sigma):
+    """E[x | y] of three modes of deviation 0.3, 0.2, 0.25, for y = x + sigma noise."""
+    variance, d = torch.tensor([0.09, 0.04, 0.0625], dtype=F64), y[:, None] - TRIANGLE
+    log_weight = -d.square().sum(-1) / (2 * (variance + sigma**2)) - (variance + sigma**2).log()
+    share = torch.softmax(log_weight + torch.tensor([0.3, 0.5, 0.2], dtype=F64).log(), 1)
+    return (share[..., None] * (TRIANGLE + (variance / (variance + sigma**2))[:, None] * d)).sum(1)
+
+
+def triangle_net(u, t, label=None, s=0.5):
+    """The network that `precondition` with sigma_data s turns into triangle_mean."""
+    sigma = float(t[0] / (1 - t[0]))
+    root = math.hypot(s, sigma)
+    return (triangle_mean(root * u, sigma) - s**2 / root * u) * root / (s * sigma)
+
+
+@lru_cache(None)
+def triangle_flow(sigma_max, sigma_min, steps=1500):
+    """E[x | y] where dy/dsigma = (y - E[x | y])/sigma has taken sigma_max PEER_NOISE, by Runge and Kutta's fourth order
+    in log sigma."""
+    y, h = sigma_max * PEER_NOISE, math.log(sigma_min / sigma_max) / steps
+    for i in range(steps):
+        s, middle, end = (sigma_max * math.exp((i + part) * h) for part in (0, 0.5, 1))
+        a = y - triangle_mean(y, s)
+        b = y + h / 2 * a - triangle_mean(y + h / 2 * a, middle)
+        c = y + h / 2 * b - triangle_mean(y + h / 2 * b, middle)
+        d = y + h * c - triangle_mean(y + h * c, end)
+        y = y + h / 6 * (a + 2 * b + 2 * c + d)
+    return triangle_mean(y, sigma_min)
+
+
+EVEN = {"sigma_max": 6.0, "sigma_min": 0.3, "rho": 1.0}  # in sigma: where iPNDM has its full order
+KARRAS, FAR = {"sigma_max": 80.0, "sigma_min": 0.05}, {"sigma_max": 1e5, "sigma_min": 0.05, "rho": math.inf}
+ORDERS = [  # a first node that costs no call errs with 1 / sigma_max, so it gets a large one
+    ("edm_heun", KARRAS, 2, 160),
+    ("dpm2", KARRAS, 2, 160),
+    ("dpm3", KARRAS, 3, 160),
+    ("unipc2", KARRAS, 3, 160),
+    ("unipc3", KARRAS, 4, 160),
+    ("unipc2_mean", FAR, 3, 160),
+    ("deis", KARRAS, 4, 160),
+    ("deis_afs", FAR, 4, 320),
+    ("ipndm3", EVEN, 3, 320),
+    ("ipndm4", EVEN, 4, 320),
+    ("ipndm3", KARRAS, 2, 320),
+    ("ipndm4", KARRAS, 2, 160),
+    ("ipndm3_afs", FAR, 2, 320),
+    ("ipndm4_afs", FAR, 2, 320),
+]
+
+
+def peer(name, nfe, **grid):
+    return getattr(peers(), name)(AGM(sigma_data=0.5), triangle_net, PEER_NOISE, nfe, **grid)
+
+
+@pytest.mark.parametrize(("name", "grid", "order", "nfe"), ORDERS)
+def test_peers_have_the_order_of_their_papers(name, grid, order, nfe):
+    """Against another solver of the exact flow. UniPC's corrector adds one to its order."""
+    limit = triangle_flow(grid["sigma_max"], grid["sigma_min"])
+    errors = [(peer(name, n, **grid) - limit).square().mean().sqrt() for n in (nfe, 2 * nfe)]
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.4
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 5, 8])
+def test_peers_call_the_network_nfe_times(nfe):
+    """Also with every grid that they are given; Heun's method leaves one call of an even number unused."""
+    calls = []
+
+    def net(u, t, label=None):
+        calls.append(t)
+        return triangle_net(u, t)
+
+    for title, (kind, sampler, default, grids) in peers().PEERS.items():
+        for grid in (default, *grids) if kind == "denoiser" else ():
+            calls.clear()
+            x = sampler(AGM(sigma_data=0.5), net, PEER_NOISE, nfe, **grid)
+            assert len(calls) == nfe - (title == "EDM, Heun" and nfe % 2 == 0) and x.isfinite().all(), (title, grid)
+
+
+def test_peers_end_where_the_reference_of_their_distance_ends():
+    """What benches call the converged flow is `ode` of HOLD of order 1 from the same noise with 400 calls. The peers
+    start from sigma 80, not its 403, as if the data had mean 0; from sigma 10 they end further off."""
+    P = HOLD(order=1, param="denoiser", sigma_data=0.5)
+    limit = hold_ref.ode(P, triangle_net, PEER_NOISE, 400, data_mean=None)
+    assert (limit - triangle_flow(1 / math.sqrt(P.snr(P.T)), 1 / 1200)).square().mean().sqrt() < 3e-4
+    for name in ("edm_heun", "unipc3", "deis", "ipndm4"):
+        near, far = ((peer(name, 301, sigma_max=s) - limit).square().mean().sqrt() for s in (80.0, 10.0))
+        assert near < 6e-3 and far > 3e-2, (name, near, far)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data and pictures; every file and server is made here
 
 EXACT = "donot_use_mm_for_euclid_dist"  # torch.cdist's fast way cancels far from 0

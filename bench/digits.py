@@ -1,24 +1,30 @@
 """Fréchet and nearest-neighbour distances on the 64 raw pixels of the embedded digits, as a Markdown table.
 
     python bench/digits.py --ckpt runs/agm-digits/ckpt.pt --nfe 5 10 20
+    python bench/digits.py --ckpt runs/agm-digits/ckpt.pt --only "HOLD3 denoiser, ode" "EDM, UniPC" --nfe 5 10
 
-Pixels lie in [-1, 1]. `all`, `train`, `held-out` are the Fréchet distances of --n samples to all 1,797 digits, to the
-four fifths that were trained on and to the fifth that was held out; `nearest` is the mean distance from a sample to its
-nearest training digit. The first rows are the data's own: as many digits as samples (half of all at most) against the
-others, train against held-out, and the nearest training digit of a held-out one. A sampler that memorised would come
-out nearer than that.
+Contenders have the names of peers.py; without --only they are the samplers of the checkpoint's own process. Pixels lie
+in [-1, 1]. `all`, `train`, `held-out` are the Fréchet distances of --n samples to all 1,797 digits, to the four fifths
+that were trained on and to the fifth that was held out; `nearest` is the mean distance from a sample to its nearest
+training digit; `flow` is the root mean square distance, per pixel of the first 500 samples, to where the network's own
+flow takes the same noise in 400 calls. The first rows are the data's own: as many digits as samples (half of all at
+most) against the others, train against held-out, and the nearest training digit of a held-out one. A sampler that
+memorised would come out nearer than that.
 """
 
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+import peers
+
 import data
-from sample import OPTIONS, draw, restore, sampler_options
+import train
 from train import run
 
 
@@ -37,49 +43,49 @@ def nearest(a, b):
     return torch.cdist(a, b).min(1).values.mean().item()
 
 
-TOY = ["--nfe", "2", "--n", "70"]  # what the tests append
+TOY = ["--nfe", "2", "--n", "70", "--flow-nfe", "4"]  # what the tests append
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints trained on digits")
-    p.add_argument("--sampler", nargs="+", help="samplers; default: all of the method's")
-    p.add_argument("--method", help="process to sample a denoiser with; default: the checkpoint's")
-    p.add_argument("--order", type=int, help="HOLD: its order")
-    p.add_argument("--eta", type=float, help="noise renewed on the way, with --sampler ode; default 0")
+    p.add_argument("--only", nargs="+", help="contenders whose name contains one of these; default: all of its own")
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20], help="network calls")
     p.add_argument("--n", type=int, default=1797, help="samples")
+    p.add_argument("--flow-nfe", type=int, default=400, help="network calls of the converged flow")
     args = p.parse_args(argv)
+    peers.register()
 
     digits = data.load("digits")
-    train, test = ((x.flatten(1).float() / 127.5 - 1) for x in (digits.train, digits.test))
-    everything = torch.cat([train, test])
+    train_set, test = ((x.flatten(1).float() / 127.5 - 1) for x in (digits.train, digits.test))
+    everything = torch.cat([train_set, test])
     floor, k = [], min(args.n, len(everything) // 2)
     for seed in range(20):
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
         floor.append(frechet(everything[order[:k]], everything[order[k:]]))
     floor = torch.tensor(floor)
-    print("| run | sampler | NFE | all | train | held-out | nearest | seconds |\n|---|---|---|---|---|---|---|---|")
-    print(f"| data: {k} against the others | | | {floor.mean():.3f} ± {floor.std():.3f} | | | | |")
-    print(f"| data: train against held-out | | | | | {frechet(train, test):.3f} | {nearest(test, train):.3f} | |")
-    for path in args.ckpt:
-        _, method, process, net = restore(path, "cpu", method=args.method, order=args.order)
-        for name in args.sampler or method.SAMPLERS:
-            chosen = argparse.Namespace(**{**dict.fromkeys(OPTIONS), "sampler": name, "eta": args.eta})
-            _, sampler, options = sampler_options(method, chosen)
+
+    def measure(x):
+        x = x.clamp(-1, 1).flatten(1)
+        return [frechet(x, everything), frechet(x, train_set), frechet(x, test), nearest(x, train_set)]
+
+    sampling = partial(peers.evaluate, score=lambda row: row[0], n_flow=500, flow_nfe=args.flow_nfe, batch=250)
+    print("| run | contender | NFE | all | train | held-out | nearest | flow | seconds |\n" + "|---" * 9 + "|")
+    print(f"| data: {k} against the others | | | {floor.mean():.3f} ± {floor.std():.3f} | | | | | |")
+    row = f"{frechet(train_set, test):.3f} | {nearest(test, train_set):.3f}"
+    print(f"| data: train against held-out | | | | | {row} | | |")
+    for path in map(Path, args.ckpt):
+        config = train.load_checkpoint(path)["config"]
+        method, order = config["method"], config["order"] if config["method"] == "hold" else ""
+        kind = "denoiser" if config["param"] == "denoiser" else f"{method}{order}"
+        own = f"{method.upper()}{order} {'denoiser' if kind == 'denoiser' else 'paper'}, "
+        names = args.only or [own + name for name in train.METHODS[method][0].SAMPLERS]
+        for contender in peers.contenders(kind, names):
             for nfe in args.nfe:
                 start = time.time()
-                x = draw(sampler, process, net, digits.shape, args.n, nfe, **options)
-                x = x.clamp(-1, 1).flatten(1)
-                row = [frechet(x, everything), frechet(x, train), frechet(x, test), nearest(x, train)]
-                row = [
-                    Path(path).parent.name,
-                    name if args.eta is None else f"{name}, eta {args.eta:g}",
-                    nfe,
-                    *(f"{v:.3f}" for v in row),
-                    f"{time.time() - start:.0f}",
-                ]
-                print("|", *(f"{cell} |" for cell in row), flush=True)
+                numbers = sampling(contender, [path], [nfe], args.n, measure, peers.Results())
+                cells = [*(f"{v:.3f}" if v == v else "" for v in numbers[nfe][1][0]), f"{time.time() - start:.0f}"]
+                print("|", *(f"{cell} |" for cell in (path.parent.name, contender.title, nfe, *cells)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
-"""Sharpness, coverage and sliced W2 on the 2-D sets, ours against flow matching, EDM and DDIM, as Markdown tables.
+"""Sharpness, coverage, sliced W2 and distance to the converged flow on the 2-D sets, ours against the peers, as tables.
 
     python bench/points.py                                        everything; 84 trainings, some 4 hours on two cores
     python bench/points.py --data spiral --nets denoiser agm fm   a part; another call goes on where this one stopped
+    python bench/points.py --data spiral --nets denoiser --only "AGM denoiser, ode" EDM --seeds 1 --n 2500 --nfe 5 10
 
 Every network is the same 20 x 128 MLP with the same 6,000 updates of 512 fresh points (train.py's preset), --seeds
-times.
-`denoiser` is one network, sampled by AGM, HOLD of every order and EDM's samplers. `agm`, `hold1` ... `hold4` learn what
-their papers say, `fm` is flow matching with torchcfm's loss, `hold1` with DDIM stands for VP.
+times. `denoiser` is one network, sampled by AGM, HOLD of every order and the field's samplers (`EDM, ...`). `agm`,
+`hold1` ... `hold4` learn what their papers say, `fm` is flow matching with torchcfm's loss, `hold1` with DDIM stands
+for VP.
 
 sharpness  mean distance from a sample to the nearest of 10,000 data points: blur and strays
 coverage   mean distance from a data point to the nearest sample: what is missing
 W2         sliced 2-Wasserstein distance, 100 directions; hardly sees blur, its floor is high
+distance   root mean square distance per dimension from a sample to where the network's own flow, followed with 400
+           calls, takes the same noise: the sampler's error alone (no row for samplers that add noise)
 floor      the same of fresh data in place of samples, mean and standard deviation over ten draws
 
-Ours run on their default grid, but for `best grid`, which like the peers gets the best of the grids in peers.py at
-every NFE up to 20 (at 50 and 100: the one that won at 20), best in sharpness + coverage with seed 0. Networks and
-numbers are kept in runs/points.
+Ours run on their default grid and each peer on its field's default, but for `best grid`, which gets the best of the
+grids in peers.py at every NFE up to 20 (at 50 and 100: the one that won at 20), best in sharpness + coverage of
+--search samples with seed 0. Networks and numbers are kept in runs/points.
 """
 
 import argparse
@@ -37,12 +40,13 @@ NFES = [4, 5, 6, 8, 10, 20, 50, 100]
 
 
 def measure(x, points):
-    """Sharpness, coverage and sliced W2 of samples x (N, 2) against points (M, 2), M a multiple of N."""
+    """Sharpness, coverage and sliced W2 of samples x (N, 2) against points (M, 2), M at least N."""
     near = torch.cat([torch.cdist(part, points).min(1).values for part in x.split(1000)])
     far = torch.cat([torch.cdist(part, x).min(1).values for part in points.split(1000)])
     angles = torch.arange(100) * math.pi / 100
     lines = torch.stack([angles.cos(), angles.sin()])
-    quantiles = (points @ lines).sort(0).values.reshape(len(x), -1, 100).mean(1)  # M points as N
+    many = points[: len(points) // len(x) * len(x)]
+    quantiles = (many @ lines).sort(0).values.reshape(len(x), -1, 100).mean(1)  # as many as samples
     w2 = ((x @ lines).sort(0).values - quantiles).square().mean().sqrt()
     return [near.mean().item(), far.mean().item(), w2.item()]
 
@@ -51,14 +55,14 @@ def picture(path, folder, name):
     """Rows: AGM, HOLD of order 3 (`ode`), flow matching (Adams-Bashforth, even steps); columns: 3, 5, 10, 20 calls."""
     rows = []
     for kind, title in (("denoiser", "AGM denoiser, ode"), ("denoiser", "HOLD3 denoiser, ode"), ("fm", "FM, Adams")):
-        [(_, method, order, sampler, _)] = peers.contenders(kind, [title])
+        c = peers.contenders(kind, [title])[0]
         ckpt = folder / f"{name}-{kind}-0" / "ckpt.pt"
-        x = [peers.draw(ckpt, method, order, sampler, 10_000, nfe, 0, {}).numpy() for nfe in (3, 5, 10, 20)]
+        x = [peers.draw(ckpt, c.method, c.order, c.sampler, 10_000, nfe, 0, {}).numpy() for nfe in (3, 5, 10, 20)]
         rows.append(np.concatenate([data.histogram(v, 240, limit=2.1) for v in x], 1))
     data.write_png(path, np.concatenate(rows, 0))
 
 
-TOY = "--nets denoiser --data gmm --seeds 1 --steps 2 --n 20 --nfe 2 --only exponential".split()
+TOY = "--nets denoiser --data gmm --seeds 1 --steps 2 --n 20 --nfe 2 --only exponential UniPC-2 --flow-nfe 4".split()
 
 
 def main(argv=None):
@@ -71,6 +75,8 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, default=3, help="training seeds")
     p.add_argument("--nfe", type=int, nargs="+", default=NFES, help="network calls")
     p.add_argument("--n", type=int, default=5000, help="samples")
+    p.add_argument("--search", type=int, default=2500, help="samples for the choice of a grid")
+    p.add_argument("--flow-nfe", type=int, default=400, help="network calls of the converged flow")
     p.add_argument("--steps", type=int, default=6000, help="updates a network")
     p.add_argument("--out", default="runs/points", help="folder of networks and numbers")
     p.add_argument("--picture", help="write this PNG instead, of the networks `denoiser` and `fm` of seed 0")
@@ -80,10 +86,10 @@ def main(argv=None):
     if args.picture:
         return picture(args.picture, folder, args.data[0])
     folder.mkdir(parents=True, exist_ok=True)
+    sampling = partial(peers.evaluate, score=lambda row: row[0] + row[1], n_search=args.search, flow_nfe=args.flow_nfe)
     for name in args.data:
         results = peers.Results(folder / f"{name}.json")
         points = data.POINTS[name](10_000, torch.Generator().manual_seed(99))
-        points = points[: len(points) // args.n * args.n]
         fresh = [data.POINTS[name](args.n, torch.Generator().manual_seed(seed)) for seed in range(10)]
         floor = torch.tensor([measure(x, points) for x in fresh])
         against, rows = partial(measure, points=points), {}
@@ -94,12 +100,10 @@ def main(argv=None):
                 options = ["--data", name, "--seed", str(seed)]
                 paths.append(peers.checkpoint(folder / f"{name}-{kind}-{seed}", kind, args.steps, options))
             for contender in wanted:
-                rows[contender[0]] = peers.evaluate(
-                    contender, paths, args.nfe, args.n, against, results, lambda row: row[0] + row[1]
-                )
-        for i, quantity in enumerate(("sharpness", "coverage", "sliced W2")):
-            mean, std = floor[:, i].mean(), floor[:, i].std()
-            print(f"\n{name}, {quantity}: mean of {args.seeds} seeds; floor {mean:.4f} ± {std:.4f}\n")
+                rows[contender.title] = sampling(contender, paths, args.nfe, args.n, against, results)
+        for i, quantity in enumerate(("sharpness", "coverage", "sliced W2", "distance to the converged flow")):
+            known = f"; floor {floor[:, i].mean():.4f} ± {floor[:, i].std():.4f}" if i < 3 else ""
+            print(f"\n{name}, {quantity}: mean of {args.seeds} seeds{known}\n")
             peers.table(rows, args.nfe, i)
         peers.grids_used(rows)
 

@@ -963,12 +963,12 @@ def test_eta_keeps_the_law(P, eta):
 
 @pytest.mark.parametrize(("n", "exact"), [(1, True), (2, False), (3, True), (4, False)])
 def test_likelihood_of_gaussian_data(n, exact):
-    """log N(x; mu, s^2) by hand, T = 12 makes the prior exact: the bound is tight for an exact network, the more so the
+    """log N(x; mu, s^2) by hand, T = 16 makes the prior exact: the bound is tight for an exact network, the more so the
     higher snr_max. The Jacobian is a multiple of I here, so that Hutchinson's estimate has no noise."""
     data = Mixture([1.0], [[0.3, 0.3, 0.3]], 0.7)
-    for snr_max, tol, least in ((4e4, 1e-5, 1e-3), (1e6, 1e-6, 1e-4)):
+    for snr_max, tol, least in ((4e4, 1e-5, 5e-4), (1e6, 1e-6, 1e-4)):
         torch.manual_seed(0)
-        P, x = HOLD(order=n, L_inv=0.6, T=12.0, snr_max=snr_max), 0.3 + 0.7 * torch.randn(32, 3, dtype=F64)
+        P, x = HOLD(order=n, L_inv=0.6, T=16.0, snr_max=snr_max), 0.3 + 0.7 * torch.randn(32, 3, dtype=F64)
         P = paper(P) if n == 1 else P
         found = hold_ref.log_likelihood_bound(P, data.net(P), x, exact=exact, tol=tol)
         assert found.shape == (32,)

@@ -53,8 +53,8 @@ import torch
 
 
 def by_time(f):
-    """f(process, t, ...) whose results, not to be changed in place, are kept for times given as floats: samplers ask for
-    the same ones batch after batch."""
+    """f(process, t, ...) whose results are kept for times given as floats, which samplers ask for batch after batch:
+    do not change them in place."""
     kept = lru_cache(4096)(torch.inference_mode(False)(f))
     return wraps(f)(lambda process, t, *args, **kw: (kept if isinstance(t, float) else f)(process, t, *args, **kw))
 

@@ -57,8 +57,8 @@ import torch
 
 
 def by_time(f):
-    """f(process, t, ...) whose results, not to be changed in place, are kept for times given as floats: samplers ask for
-    the same ones batch after batch."""
+    """f(process, t, ...) whose results are kept for times given as floats, which samplers ask for batch after batch:
+    do not change them in place."""
     kept = lru_cache(4096)(torch.inference_mode(False)(f))
     return wraps(f)(lambda process, t, *args, **kw: (kept if isinstance(t, float) else f)(process, t, *args, **kw))
 
@@ -120,7 +120,7 @@ class HOLD:
     def damping(self):
         """gamma (n - 1,) and xi in use."""
         gamma, xi = self.critical
-        return gamma if self.gamma is None else tuple(self.gamma), xi if self.xi is None else self.xi
+        return gamma if self.gamma is None else self.gamma, xi if self.xi is None else self.xi
 
     @property
     def is_critical(self):

@@ -150,7 +150,7 @@ class Dataset:
 
     def to(self, device):
         tensors = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors, shift=self.shift)  # float64, which not every device has
+        return replace(self, **{**tensors, "shift": self.shift})  # which is float64, as not every device can
 
     def batch(self, n):
         """x (n, C, H, W) in [-1, 1] or (n, D) of unit scale, float32, and its labels (n,) or None, with replacement.
@@ -269,7 +269,7 @@ def array_path(name):
 
 def image_tensor(nhwc):
     """uint8 numpy (N, H, W, C) -> contiguous uint8 tensor (N, C, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(nhwc.transpose(0, 3, 1, 2)))
+    return torch.from_numpy(nhwc.transpose(0, 3, 1, 2).copy())
 
 
 def label_tensor(labels):
@@ -509,6 +509,8 @@ def download(url, md5, target):
                 raise UserError(f"{url} came with MD5 {found}, wanted {md5}; removed it: run again, or {by_hand}")
             part.replace(target)
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if part.is_file() and not part.stat().st_size:
+            part.unlink()
         raise UserError(f"download failed ({why(error)}): run again to resume, or {by_hand}") from None
 
 

@@ -24,20 +24,8 @@ import numpy as np
 import torch
 
 import data
-from train import (
-    Stopped,
-    build,
-    draw,
-    finish,
-    layout,
-    load_checkpoint,
-    newest_checkpoint,
-    option,
-    pick_device,
-    refuse,
-    run,
-    signals,
-)
+import train
+from train import Noise, draw, option, run  # noqa: F401
 
 OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "multistep", "eta": "eta"}  # command line -> sampler's keyword
 
@@ -66,14 +54,14 @@ def parser():
     add("--data-dir", "nll: folder or archive of the data set")
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
     add("--out", "folder for the results; default: the checkpoint's")
-    p.error = refuse
+    p.error = train.refuse
     return p
 
 
 def restore(path, device, raw=False, method=None, order=None, amp=False):
     """Checkpoint -> (config, method module, process, net in eval mode), amp if the caller will use bf16. A denoiser
     serves any method and order; for any other net UserError says what it was trained for."""
-    ckpt = load_checkpoint(path)
+    ckpt = train.load_checkpoint(path)
     config = ckpt["config"]
     if order is not None and (method or config["method"]) != "hold":
         raise data.UserError(f"--order {order} is HOLD's: give --method hold as well, or leave it out")
@@ -85,12 +73,12 @@ def restore(path, device, raw=False, method=None, order=None, amp=False):
             "processes: leave out --method and --order, or name another --ckpt"
         )
     config.update(asked)
-    method, process, net = build(config)
+    method, process, net = train.build(config)
     try:
         net.load_state_dict(ckpt["net" if raw else "ema"])
     except RuntimeError:
         raise data.UserError(f"{path} does not fit the net that its config describes: train again") from None
-    return config, method, process, net.to(device, memory_format=layout(torch.device(device), amp)).eval()
+    return config, method, process, net.to(device, memory_format=train.layout(torch.device(device), amp)).eval()
 
 
 def sampler_options(method, args):
@@ -111,7 +99,7 @@ def sampler_options(method, args):
 
 
 def sample(args):
-    path, device = Path(args.ckpt) if args.ckpt else newest_checkpoint(), pick_device(args.device)
+    path, device = Path(args.ckpt) if args.ckpt else train.newest_checkpoint(), train.pick_device(args.device)
     config, method, process, net = restore(path, device, args.raw, args.method, args.order)
     if args.nll:
         return print_nll(args, config, method, process, net, device)
@@ -134,7 +122,7 @@ def sample(args):
     mean = config.get("data_mean", 0.0 if len(shape) == 1 else None)  # None: of an older checkpoint
     x = draw(sampler, process, counted, shape, n, args.nfe, args.seed, args.batch, device, data_mean=mean, **options)
     seconds = time.time() - start
-    array = finish(x, config)
+    array = train.finish(x, config)
     if not x.isfinite().all() or not np.isfinite(array).all():
         raise data.UserError("samples are not finite, so nothing was written: try other --sampler, --rho or --t-end")
     shown = min(n, 1024, max(1, 2**26 // math.prod(shape))) if len(shape) == 3 else n  # readers refuse huge pictures
@@ -144,11 +132,11 @@ def sample(args):
     except (MemoryError, ValueError) as e:
         print(f"no picture: {data.why(e)}")
     stop = []
-    with signals(lambda number, _: stop.append(number)):  # the samples may be the work of hours
+    with train.signals(lambda number, _: stop.append(number)):  # the samples may be the work of hours
         data.write_files(files)
     wrote = f"wrote {' and '.join(map(str, files))}" + (f", which shows the first {shown}" if shown < n else "")
     if stop:
-        raise Stopped(stop[0], f"stopped: {wrote}")
+        raise train.Stopped(stop[0], f"stopped: {wrote}")
     print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")
     nfe = calls // -(-n // args.batch)
     print(f"sampler {name} {options or ''} NFE {nfe} seconds/sample {seconds / n:.5f} on {device}")

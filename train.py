@@ -303,9 +303,10 @@ class Noise:
 
 @torch.no_grad()
 def draw(sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", **options):
-    """n samples (n, *shape) on the CPU, drawn `batch` at a time. A sampler without `data_mean` does not get it."""
+    """n samples (n, *shape) on the CPU, drawn `batch` at a time; `data_mean` is for samplers that start from a mean."""
     out, takes = [], inspect.signature(sampler).parameters
-    options = {k: v for k, v in options.items() if k != "data_mean" or k in takes}
+    if "data_mean" not in takes or takes["data_mean"].default is None:
+        options.pop("data_mean", None)
     for i in range(0, n, batch):
         noise = Noise(seed, range(i, min(i + batch, n)))
         extra = {"randn": noise} if "randn" in takes else {}

@@ -432,7 +432,7 @@ def train(config, ckpt=None):
             if saves or done % config["log_every"] == 0:
                 mean, norm = (seen / (done - since)).tolist()
                 if not math.isfinite(mean + norm):
-                    drawn = f"t in {process.t_range}" if config["param"] == "paper" else "ln sigma ~ N(-1.2, 1.2^2)"
+                    drawn = f"all t of {process}" if config["param"] == "paper" else "ln sigma ~ N(-1.2, 1.2^2)"
                     where = f"loss {mean:g} and gradient norm {norm:g} in steps {since + 1}-{done}, {drawn}"
                     kept = f"{out / 'ckpt.pt'}, if there is one, holds the last good weights"
                     raise data.UserError(f"{where}: lower --lr or --clip; {kept}")

@@ -1887,11 +1887,9 @@ def test_pictures_go_by_the_kind_of_samples():
 
 
 def test_numbers_are_drawn_as_bars():
-    picture = data.histogram(np.repeat([-0.9, 0.3], [10, 20])[:, None], size=40, limit=[(-1, 1)])
+    picture = data.histogram(np.repeat([-0.9, 0.35], [10, 20])[:, None], size=40, limit=[(-1, 1)])
     height = (picture != 255).any(2).sum(0)
-    assert (
-        height[2:4].tolist() == [20, 20] and height[24:26].tolist() == [0, 0] and height.max() == 38
-    )  # of 40: 0.95 for the tallest
+    assert height[2:4].tolist() == [20, 20] and height[26:28].tolist() == [38, 38]  # of 40, the tallest 0.95
     assert height.sum() == 116
 
 
@@ -2142,17 +2140,18 @@ def at_step(monkeypatch, step, action):
 @pytest.mark.parametrize(("number", "status"), SIGNALS)
 def test_a_signal_ends_after_the_step_and_its_save(folder, monkeypatch, capsys, number, status):
     options = [*TOY, "--save-every", "100", "--out", "my run"]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), number))
-        train.main(options)
+        with pytest.raises(SystemExit) as stop:
+            train.main(options)
     assert stop.value.code == status
     line = capsys.readouterr().err
     assert "stopped at step 2" in line and "train.py --resume --out 'my run'" in line and line.count("\n") == 1
     assert torch.load("my run/ckpt.pt", weights_only=True)["step"] == 2
     train.main(["--resume", "--out", "my run"])
     assert sorted(losses(folder / "my run")) == [1, 2, 3, 4, 5, 6]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(data, "load", lambda *a: os.kill(os.getpid(), number))
+    monkeypatch.setattr(data, "load", lambda *a: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
         train.main(TOY)
     assert stop.value.code == status and "nothing was written" in capsys.readouterr().err and not Path("runs").exists()
 
@@ -2347,12 +2346,11 @@ def test_the_order_of_the_rows_does_not_matter(folder):
 )
 def test_what_could_be_meant_otherwise_is_refused_or_said(folder, arrays, match, recwarn):
     np.savez("a.npz", **arrays)
-    try:
+    if match.startswith("error: "):
+        fails(match[7:], data.load, "a.npz")
+    else:
         data.load("a.npz")
-    except data.UserError as e:
-        assert re.search(match, f"error: {e}"), e
-        return
-    assert [re.search(match, str(w.message)) is not None for w in recwarn] == [True]
+        assert [re.search(match, str(w.message)) is not None for w in recwarn] == [True]
 
 
 def test_resume_knows_the_data_by_their_content(folder):
@@ -2380,50 +2378,47 @@ def test_a_checkpoint_that_does_not_fit_itself_is_one_line(toy, folder):
     def config(key, value):
         return lambda c: c["config"].update({key: value})
 
-    changes = [config(k, v) for k in ("method", "param", "width", "shape", "std", "order", "seed", "mult", "shift", "bound",
-               "dropout", "data_mean", "sde", "data") for v in ([], 1.5, "x", None, -3, 2**70, math.nan, {}, [0], True)
-               if not (k in ("shift", "bound", "std") and v == 1.5) and not (k == "sde" and v is True)
-               and not (k == "data" and v == "x")]  # fmt: skip
-    weights = [lambda c: c["net"].popitem(), lambda c: c["ema"].popitem(), lambda c: c.update(net=5), lambda c: c.pop("step"),
-               lambda c: c.update(step=-1), lambda c: c["rng"].update(cpu=torch.zeros(3)), lambda c: c.update(rng=[]),
-               lambda c: next(iter(c["optimizer"]["state"].values())).update(exp_avg=torch.zeros(2)),
-               lambda c: c["optimizer"].clear()]  # fmt: skip
+    wrong = [[], 1.5, "x", None, -3, 2**70, math.nan, {}, [0], True]
+    fine = {("shift", 1.5), ("bound", 1.5), ("std", 1.5), ("sde", True), ("data", "x")} | {
+        ("data_mean", v) for v in (1.5, -3, True)
+    }
+    keys = "method param width shape std order seed mult shift bound dropout data_mean sde data".split()
+    for key, value in itertools.product(keys, wrong):
+        if str((key, value)) not in map(str, fine):
+            fails("bad.pt", sample.restore, broken(toy / "denoiser/ckpt.pt", config(key, value)), "cpu")
+    changes = [
+        *(
+            lambda c: c["net"].popitem(),
+            lambda c: c["ema"].popitem(),
+            lambda c: c.update(net=5),
+            lambda c: c.pop("step"),
+        ),
+        *(lambda c: c.update(step=-1), lambda c: c["rng"].update(cpu=torch.zeros(3)), lambda c: c.update(rng=[])),
+        lambda c: next(iter(c["optimizer"]["state"].values())).update(exp_avg=torch.zeros(2)),
+        lambda c: c["optimizer"].clear(),
+    ]
     Path("run").mkdir()
-    for change in [*changes, *weights]:
+    for change in changes:
         broken(toy / "denoiser/ckpt.pt", change, "run/ckpt.pt")
         before = snapshot(folder)
         refused(train, "--resume", "--out", "run", "--steps", "9")
-        assert {k: v for k, v in snapshot(folder).items() if k.name != "log.txt"} == before
+        assert snapshot(folder) == before
+
+
+WORDS = "-1 1e400 nan inf -inf 1e30 10000000000000000000 x '' \\x00 -- 0x10 [] {} one 2,5 1;2 3e".split()
+TRAIN = "steps batch lr clip width blocks mult attention order seed save-every log-every warmup ema dropout device amp param"
+FLAGS = {"train": f"{TRAIN} method data flip unknown".split()}
+FLAGS["sample"] = "nfe n rho t-end multistep eta seed batch order tol sampler device method raw unknown".split()
 
 
 def test_two_hundred_wrong_command_lines_are_one_line_each_and_change_nothing(toy, folder):
-    rng, before = np.random.default_rng(0), snapshot(toy)
-    words = "0 -1 1e400 nan inf 1.5 10000000000000000000 x '' \x00 99999999999999999999999 -- 0x10 [] 1e-400".split()
-    numbers = {
-        train: "steps batch lr warmup clip ema width blocks mult dropout order seed save-every log-every".split()
-    }
-    numbers[sample] = "nfe n rho t-end multistep eta seed batch order tol".split()
-    numbers[train] += "device amp param method data attention flip unknown".split()
-    numbers[sample] += "sampler device method unknown raw".split()
-    valid = {"x", "0", "-1", "''", "\x00"}
-    for i in range(300):
-        script = (train, sample)[i % 2]
-        flag, value = rng.choice(numbers[script]), str(rng.choice(words))
-        if flag in ("warmup", "ema", "seed", "dropout", "attention", "eta", "t-end", "clip") and value in (
-            "0",
-            "1.5",
-            "0x10",
-        ):
-            value = "many"
-        target = ["--out", "new"] if script is train else ["--ckpt", str(toy / "denoiser/ckpt.pt"), "--out", "new"]
-        if (flag, value) in {("lr", "1e-400")}:
-            continue
-        if flag in ("ema", "dropout", "eta", "t-end") and value == "1e-400":
-            value = "-5"
-        if flag in ("rho", "multistep", "clip") and value in ("1.5", "0x10"):
-            value = "1e9"
-        refused(script, *target, f"--{flag}={value}")
-    assert snapshot(toy) == before and not list(folder.rglob("*.*")) and valid
+    before, lines = snapshot(toy), 0
+    for (script, flags), word in itertools.product(FLAGS.items(), WORDS):
+        for flag in np.random.default_rng(lines).choice(flags, 7, replace=False):
+            target = [] if script == "train" else ["--ckpt", str(toy / "denoiser/ckpt.pt")]
+            refused({"train": train, "sample": sample}[script], *target, "--out", "new", f"--{flag}={word}")
+            lines += 1
+    assert lines > 200 and snapshot(toy) == before and not list(folder.rglob("*"))
 
 
 def test_a_hundred_damaged_files_are_one_line_each_or_the_same_data(folder):
@@ -2465,7 +2460,7 @@ def test_a_small_file_that_claims_to_be_huge_is_refused_before_it_fills_the_memo
         for _ in range(400):
             file.write(bytes(10**6))
     member = tarfile.TarInfo("test_batch.bin")
-    member.size = 2**88
+    member.size = 2**87
     Path("claim.tar.gz").write_bytes(gzip.compress(member.tobuf(tarfile.GNU_FORMAT) + bytes(4096)))
     header = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999, 8, 8), }"
     Path("claim.npy").write_bytes(header.ljust(127) + b"\n")

@@ -107,6 +107,13 @@ def refuse(message):
     raise data.UserError(f"{data.why(message)}; --help shows the options")
 
 
+def read(p, argv):
+    """What the command line says. `--x=--` would be an empty list for argparse before Python 3.13."""
+    if any(a.endswith("=--") for a in argv):
+        refuse("an option is given as --")
+    return p.parse_args(argv)
+
+
 def parser(preset):
     """The command line; the defaults are those of the preset."""
     p = argparse.ArgumentParser(
@@ -160,7 +167,7 @@ def levels(shape):
 
 def configure(argv):
     """Command line -> (config, checkpoint or None). A run that goes on keeps the options it was started with."""
-    known, _ = parser({}).parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    known = read(parser({}), [a for a in argv if a not in ("-h", "--help")])
     if not known.resume:
         return vars(parser(preset_for(data.shape_of(known.data))).parse_args(argv)), None
     path = Path(known.out) / "ckpt.pt" if known.out else newest_checkpoint()
@@ -218,9 +225,15 @@ def load_checkpoint(path, device="cpu"):
             several = key in ("mult", "attention", "shape") or (key == "shift" and isinstance(given[key], list))
             for value in given[key] if several else [given[key]]:
                 check(key, value)
-        if len(config["shape"]) not in (1, 3) or type(ckpt["step"]) is not int or ckpt["step"] < 0:
-            raise ValueError(f"shape {config['shape']}, step {ckpt['step']}")
-        tensors = [*ckpt["net"].values(), *ckpt["ema"].values(), torch.as_tensor(given.get("data_mean", 0.0))]
+        shape, mean = tuple(config["shape"]), torch.as_tensor(given.get("data_mean", 0.0))
+        if (
+            len(shape) not in (1, 3)
+            or mean.shape not in ((), shape)
+            or type(ckpt["step"]) is not int
+            or ckpt["step"] < 0
+        ):
+            raise ValueError(f"shape {shape}, step {ckpt['step']}")
+        tensors = [*ckpt["net"].values(), *ckpt["ema"].values(), mean]
         tensors += [v for state in ckpt["optimizer"]["state"].values() for v in state.values()]
         if not all(v.isfinite().all() for v in tensors):
             raise data.UserError("its weights are not finite numbers; take an older one, or train again")
@@ -346,7 +359,7 @@ def update_ema(averages, params, step, decay):
 
 def compare(found, config, name):
     """Refuses data that are not those of the run, wherever they lie; the run's units stand."""
-    for key in sorted(found.keys() & config.keys() - {"window"}):
+    for key in (k for k in found if k in config and k != "window"):
         new, old = (torch.as_tensor(c[key], dtype=torch.float64) for c in (found, config))
         unit = config["scale"] if key in ("shift", "scale") else 1.0
         if new.shape != old.shape or (new - old).abs().max() > 1e-5 * unit:

@@ -217,7 +217,8 @@ def load_checkpoint(path, device="cpu"):
         for key in {"method", "param", "data", "shape", "std", *given} & {*LIMITS, *CHOICES, "data"}:
             several = key in ("mult", "attention", "shape") or (key == "shift" and isinstance(given[key], list))
             for value in given[key] if several else [given[key]]:
-                check(key, value)
+                if check(key, value) != value:  # a number as text
+                    raise ValueError(f"{key} {value!r}")
         if len(config["shape"]) not in (1, 3) or type(ckpt["step"]) is not int or ckpt["step"] < 0:
             raise ValueError(f"shape {config['shape']}, step {ckpt['step']}")
         tensors = [*ckpt["net"].values(), *ckpt["ema"].values(), torch.as_tensor(given.get("data_mean", 0.0))]
@@ -432,8 +433,8 @@ def train(config, ckpt=None):
             if saves or done % config["log_every"] == 0:
                 mean, norm = (seen / (done - since)).tolist()
                 if not math.isfinite(mean + norm):
-                    drawn = f"t in {process.t_range}" if config["param"] == "paper" else "ln sigma ~ N(-1.2, 1.2^2)"
-                    where = f"loss {mean:g} and gradient norm {norm:g} in steps {since + 1}-{done}, {drawn}"
+                    drawn = "" if config["param"] == "paper" else ", ln sigma ~ N(-1.2, 1.2^2)"
+                    where = f"loss {mean:g} and gradient norm {norm:g} in steps {since + 1}-{done}{drawn}"
                     kept = f"{out / 'ckpt.pt'}, if there is one, holds the last good weights"
                     raise data.UserError(f"{where}: lower --lr or --clip; {kept}")
                 speed = (done - since) / (time.time() - began)

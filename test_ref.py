@@ -2459,7 +2459,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_fuzz(toy, folder):
     """Random command lines and random files: one line, a status that is not 0, and nothing is touched."""
     random = np.random.default_rng(0)
-    values = " |0|-1|1e400|nan|inf|1.5|x|None|[]|None.npy|\0|../..|é".split("|") + ["", "9" * 30]
+    values = ["", "9" * 30, *" |0|-1|1e400|nan|inf|1.5|x|None|[]|None.npy|\0|../..|é".split("|")]
     flags = {
         train: "method data order param steps batch lr width blocks mult seed device amp ema clip dropout attention",
         sample: "ckpt nfe n sampler rho t-end multistep eta seed batch method order tol device",

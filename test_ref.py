@@ -1,6 +1,7 @@
 """All tests: python -m pytest -q. Each compares with something independent of the code it tests. First the two method
 files, section by section and mostly side by side, then data, networks, training and sampling."""
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -1888,7 +1889,9 @@ def test_pictures_go_by_the_kind_of_samples():
 def test_numbers_are_drawn_as_bars():
     picture = data.histogram(np.repeat([-0.9, 0.3], [10, 20])[:, None], size=40, limit=[(-1, 1)])
     height = (picture != 255).any(2).sum(0)
-    assert height[2:4].tolist() == [20, 20] and height[26:28].tolist() == [38, 38]  # of 40: 0.95 for the tallest
+    assert (
+        height[2:4].tolist() == [20, 20] and height[24:26].tolist() == [0, 0] and height.max() == 38
+    )  # of 40: 0.95 for the tallest
     assert height.sum() == 116
 
 
@@ -1941,7 +1944,7 @@ def test_attention_is_softmax_attention():
 @pytest.mark.parametrize("process", [AGM(), *(HOLD(order=n) for n in (1, 2, 3, 4))], ids=repr)
 def test_time_input_resolves_the_data_end_and_is_smooth_at_the_prior(process):
     embed = perturbed(nets.TimeEmbedding(32, process.T, process.t_data)).double()
-    first, last = (process.t_min, process.T) if isinstance(process, HOLD) else (process.t1, process.t0)  # data, prior
+    first, last = (process.t1, process.t0) if isinstance(process, AGM) else (process.t_min, process.T)  # data, prior
     near = process.t_data + (first - process.t_data) * torch.tensor([1.0, 1.1, 1.5, 3.0], dtype=torch.float64)
     e = embed(near)
     assert e.isfinite().all()
@@ -2065,7 +2068,9 @@ def test_resume_without_out_takes_the_newest_run_and_may_go_further(folder):
     assert len(losses(folder / "runs/agm-digits")) == 6
 
 
-@pytest.mark.parametrize(("param", "drawn"), [("denoiser", "ln sigma ~ N(-1.2, 1.2^2)"), ("paper", "steps 7-7:")])
+@pytest.mark.parametrize(
+    ("param", "drawn"), [("denoiser", "ln sigma ~ N(-1.2, 1.2^2)"), ("paper", "t0=1e-05, t1=0.999")]
+)
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(folder, capsys, monkeypatch, param, drawn):
     train.main(["--out", "run", *TOY, "--param", param])
     before = Path("run/ckpt.pt").read_bytes()
@@ -2120,6 +2125,375 @@ def test_likelihood_is_in_the_units_of_the_data(folder, capsys, monkeypatch):
         sample.main(["--ckpt", f"run{factor}/ckpt.pt", "--nll", "--tol", "1e-3"])
         found[factor] = float(re.search(r"<= (\S+) \+-", capsys.readouterr().out)[1])
     assert abs(found[10.0] - found[1.0] - 2 * math.log(10)) < 1e-2
+
+
+# -- nothing lost: interrupted, full, broken
+
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+def at_step(monkeypatch, step, action):
+    """Runs action() in the middle of that step."""
+    calls, batch = itertools.count(1), data.Dataset.batch
+    monkeypatch.setattr(data.Dataset, "batch", lambda *a: (next(calls) == step and action(), batch(*a))[1])
+
+
+@pytest.mark.parametrize(("number", "status"), SIGNALS)
+def test_a_signal_ends_after_the_step_and_its_save(folder, monkeypatch, capsys, number, status):
+    options = [*TOY, "--save-every", "100", "--out", "my run"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), number))
+        train.main(options)
+    assert stop.value.code == status
+    line = capsys.readouterr().err
+    assert "stopped at step 2" in line and "train.py --resume --out 'my run'" in line and line.count("\n") == 1
+    assert torch.load("my run/ckpt.pt", weights_only=True)["step"] == 2
+    train.main(["--resume", "--out", "my run"])
+    assert sorted(losses(folder / "my run")) == [1, 2, 3, 4, 5, 6]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(data, "load", lambda *a: os.kill(os.getpid(), number))
+        train.main(TOY)
+    assert stop.value.code == status and "nothing was written" in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_a_signal_while_samples_are_written_lets_them_be_written(toy, folder, monkeypatch, capsys):
+    write = data.write_files
+    monkeypatch.setattr(data, "write_files", lambda files: (os.kill(os.getpid(), signal.SIGTERM), write(files)))
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--ckpt", str(toy / "denoiser/ckpt.pt"), "--n", "2", "--nfe", "2", "--out", "here"])
+    assert stop.value.code == 143 and "wrote here/samples.npz and here/samples.png" in capsys.readouterr().err
+    assert len(np.load("here/samples.npz")["arr_0"]) == 2
+
+
+def test_a_lost_terminal_and_a_full_disk_for_the_log_end_nothing(folder):
+    """`| head -1`, then a terminal that cannot show the data's name, then /dev/full as the log."""
+    np.save("данные.npy", randn64(0, 40, 2).numpy())
+    Path("full").mkdir()
+    Path("full/log.txt").symlink_to("/dev/full")
+    command = [sys.executable, str(HERE / "train.py"), *TOY, "--data", "данные.npy", "--out"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    process = subprocess.Popen([*command, "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0 and process.stderr.read() == b""
+    assert len(losses(folder / "run")) == 6 and "данные" in Path("run/log.txt").read_text("utf-8")
+    train.main([*TOY, "--out", "full"])
+    assert Path("full/ckpt.pt").exists()
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond a few bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def refused(script, *argv):
+    """The one line of a command that is refused."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(list(argv))
+    assert isinstance(stop.value.code, str) and re.match("error: [^\n]+$", stop.value.code), stop.value.code
+    return stop.value.code
+
+
+def test_a_full_disk_keeps_the_old_files_and_leaves_no_others(folder, full_disk):
+    train.main(["--out", "run", *TOY])
+    sample.main("--ckpt run/ckpt.pt --n 2 --nfe 2".split())
+    before = snapshot(folder)
+    full_disk()
+    assert "cannot write run/samples.npz" in refused(sample, *"--ckpt run/ckpt.pt --n 2 --nfe 2".split())
+    assert snapshot(folder) == before
+    assert "cannot write run/ckpt.pt" in refused(train, *"--resume --out run --steps 9 --log-every 9".split())
+    del before[folder / "run/log.txt"]
+    assert {k: v for k, v in snapshot(folder).items() if k.name != "log.txt"} == before
+    with pytest.raises(KeyboardInterrupt):
+        data.write_files({folder / "a": b"1", folder / "b": lambda file: (_ for _ in ()).throw(KeyboardInterrupt)})
+    assert not list(folder.glob("*.tmp")) and not (folder / "a").exists()
+
+
+def test_a_run_owns_its_folder(folder):
+    config, found = {"method": "agm", "data": "digits", "out": None}, []
+    threads = [threading.Thread(target=lambda: found.append(train.claim(config, False))) for _ in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert len({out for out, _ in found}) == 8
+    out, log = found[0]
+    for goes_on in (False, True):
+        fails("another process", train.claim, {**config, "out": str(out)}, goes_on)
+    log.write(b"step 1 of a run that ended before its first save")
+    log.close()
+    for name in ("step-0000001.png", "ckpt.pt.0a1b2c3d.tmp", ".try", "notes.txt"):
+        (out / name).write_text("mine")
+    train.main([*TOY, "--out", str(out), "--steps", "1"])
+    assert sorted(p.name for p in out.iterdir()) == [".try", "ckpt.pt", "log.txt", "notes.txt", "step-0000001.png"]
+    assert "before its first save" not in (out / "log.txt").read_text()
+    assert (out / "step-0000001.png").read_bytes()[:4] == b"\x89PNG"
+    [log.close() for _, log in found]
+
+
+@pytest.mark.parametrize("name", ["digits", "moons"])
+def test_pictures_of_a_run_are_those_of_sample_and_are_made_up_for(folder, name, monkeypatch):
+    train.main([*TOY, "--data", name, "--out", "run", "--steps", "3"])
+    drawn = Path("run/step-0000003.png").read_bytes()
+    Path("run/step-0000003.png").unlink()  # as a kill between the save and the picture leaves it
+    train.main("--resume --out run --steps 3".split())
+    assert Path("run/step-0000003.png").read_bytes() == drawn
+    sample.main(
+        "--ckpt run/ckpt.pt --batch 16".split() if name == "digits" else "--ckpt run/ckpt.pt --batch 10000".split()
+    )
+    assert Path("run/samples.png").read_bytes() == drawn
+    if name == "digits":  # all images go into the arrays, and as many as readers take into the picture
+        sizes, forward = set(), nets.UNet.forward
+        monkeypatch.setattr(nets.UNet, "forward", lambda net, m, *a: (sizes.add(len(m)), forward(net, m, *a))[1])
+        train.main("--resume --out run --steps 4".split())
+        sample.main("--ckpt run/ckpt.pt --n 1100 --nfe 1 --batch 16".split())
+        assert max(sizes) == 16 and len(np.load("run/samples.npz")["arr_0"]) == 1100
+        assert read_png(Path("run/samples.png")).shape == (8 * (9 * 32 - 1),) * 2
+
+
+def broken(path, change, out="bad.pt"):
+    """A copy of the checkpoint after change(its content)."""
+    ckpt = torch.load(path, weights_only=True)
+    change(ckpt)
+    torch.save(ckpt, out)
+    return out
+
+
+def test_what_is_not_finite_is_neither_sampled_nor_resumed_nor_written(toy, folder, monkeypatch):
+    source = toy / "denoiser/ckpt.pt"
+    Path("run").mkdir()
+    for part in ("net", "ema"):
+        bad = broken(source, lambda c: next(iter(c[part].values())).fill_(math.nan), "run/ckpt.pt")  # noqa: B023
+        assert "not finite" in refused(sample, "--ckpt", bad) and "not finite" in refused(
+            train, "--resume", "--out", "run"
+        )
+    monkeypatch.setitem(agm_ref.SAMPLERS, "ode", lambda process, net, m0, nfe: m0[:, :1] * math.nan)
+    assert "not finite" in refused(sample, "--ckpt", str(source), "--out", "here") and not list(Path("here").iterdir())
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(toy, folder):
+    whole, good = (toy / "denoiser/ckpt.pt").read_bytes(), train.load_checkpoint(toy / "denoiser/ckpt.pt")
+    noticed = 0
+    for i in np.random.default_rng(0).integers(len(whole), size=60):
+        flipped = bytearray(whole)
+        flipped[i] ^= 1 << i % 8
+        Path("bad.pt").write_bytes(flipped)
+        try:
+            ckpt = train.load_checkpoint("bad.pt")
+        except data.UserError as e:
+            noticed += "is damaged" in str(e)
+        else:  # in what fills the gaps between the parts
+            assert all(same(ckpt[part][k], v) for part in ("net", "ema") for k, v in good[part].items())
+    assert noticed > 40
+
+
+# -- nothing guessed: presets, arrays, units
+
+
+@pytest.mark.parametrize("name", ["spiral", "digits"])
+def test_the_preset_follows_the_data_and_not_their_name(folder, name, capsys):
+    dataset = data.load(name)
+    np.save("mine.npy", dataset.train.numpy() if name == "spiral" else dataset.train[:, 0].numpy())
+    known, mine = ({**train.configure(["--data", d])[0], "data": None} for d in (name, "mine.npy"))
+    assert known == mine
+    with pytest.raises(SystemExit):
+        train.main(["--data", "mine.npy", "--help"])
+    assert f"(default: {known['batch']})" in capsys.readouterr().out
+    train.main([*TOY, "--data", "mine.npy"])
+    assert known["preset"] in capsys.readouterr().out.splitlines()[0]
+
+
+def test_points_of_any_number_of_axes_train_and_keep_their_units(folder):
+    for D, centre, spread in ((1, 0, 1), (3, 1.7e9, 10), (2, 1e6, 0.05)):
+        points = centre + spread * randn64(D, 500, D).numpy()
+        np.savez("p.npz", x=points, labels=np.arange(500))
+        dataset = data.load("p.npz")
+        assert len(dataset.train.unique(dim=0)) == 400 and abs(dataset.std - 1) < 1e-6
+        assert (
+            np.abs(dataset.to_points(dataset.train) - points[dataset.train_labels]).max()
+            < 1e-6 * spread + 1e-15 * centre
+        )
+        train.main([*TOY, "--data", "p.npz", "--out", f"run{D}"])
+        sample.main([*f"--ckpt run{D}/ckpt.pt --n 400 --nfe 5 --out s".split()])
+        x = np.load("s/samples.npz")["arr_0"]
+        assert x.dtype == (np.float64 if centre else np.float32) and len(np.unique(x[:, 0])) > 395
+        assert abs(x.mean() - centre) < 2 * spread
+
+
+def test_the_order_of_the_rows_does_not_matter(folder):
+    label = np.arange(1000) % 10
+    np.savez("a.npz", x=np.sort(randn64(0, 1000, 2).numpy(), 0), labels=label)
+    dataset = data.load("a.npz")
+    assert len(dataset.test) == 200 and dataset.train_labels.bincount().min() > 60
+    images = np.repeat(np.arange(250, dtype=np.uint8), 80)[:, None, None, None] * np.ones((1, 8, 8, 1), np.uint8)
+    np.save("b.npy", images)
+    exact = images.astype(float).std() / 127.5  # of all 20,000 rows, not of the first
+    assert abs(data.load("b.npy").std / exact - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("arrays", "match"),
+    [
+        (dict(x_test=np.zeros((5, 2)), x_train=np.ones((50, 2))), "error: .*x_test, x_train.*images or x"),
+        (dict(arr_0=np.arange(50), arr_1=np.ones((50, 2))), "error: .*arr_0, arr_1"),
+        (dict(images=np.full((5, 8, 8), 9, np.uint8), x=np.ones((50, 2))), "error: .*images, x"),
+        (dict(x=randn64(0, 50, 2).numpy(), weights=np.ones(50)), "samples are x"),
+        (dict(x=randn64(0, 50, 2).numpy() * [1, 500]), "axis 0 spreads over"),
+        (dict(x=randn64(0, 5, 40).numpy()), "5 points of 40 numbers"),
+        (dict(images=np.random.default_rng(0).integers(0, 17, (9, 8, 8), np.uint8)), "largest pixel is 16"),
+    ],
+)
+def test_what_could_be_meant_otherwise_is_refused_or_said(folder, arrays, match, recwarn):
+    np.savez("a.npz", **arrays)
+    try:
+        data.load("a.npz")
+    except data.UserError as e:
+        assert re.search(match, f"error: {e}"), e
+        return
+    assert [re.search(match, str(w.message)) is not None for w in recwarn] == [True]
+
+
+def test_resume_knows_the_data_by_their_content(folder):
+    points = {name: (5 + randn64(name, 200, 2)).numpy() for name in (0, 1)}
+    np.save("a.npy", points[0])
+    train.main([*TOY, "--data", "a.npy", "--out", "run"])
+    Path("a.npy").rename("moved.npy")
+    assert "no file a.npy" in refused(train, *"--resume --out run --steps 8".split())
+    train.main("--resume --out run --steps 8 --data moved.npy".split())
+    np.save("moved.npy", points[1])
+    before = snapshot(folder)
+    assert re.search(
+        "moved.npy is not the run's data.*that was", refused(train, *"--resume --out run --steps 9".split())
+    )
+    assert "shape" in refused(train, *"--resume --out run --data digits".split())
+    assert snapshot(folder) == before
+    train.main([*TOY, "--out", "digits"])
+    train.main("--resume --out digits --mult 1 2 --lr 2e-3 --no-flip --steps 7".split())
+
+
+# -- one line for every mistake
+
+
+def test_a_checkpoint_that_does_not_fit_itself_is_one_line(toy, folder):
+    def config(key, value):
+        return lambda c: c["config"].update({key: value})
+
+    changes = [config(k, v) for k in ("method", "param", "width", "shape", "std", "order", "seed", "mult", "shift", "bound",
+               "dropout", "data_mean", "sde", "data") for v in ([], 1.5, "x", None, -3, 2**70, math.nan, {}, [0], True)
+               if not (k in ("shift", "bound", "std") and v == 1.5) and not (k == "sde" and v is True)
+               and not (k == "data" and v == "x")]  # fmt: skip
+    weights = [lambda c: c["net"].popitem(), lambda c: c["ema"].popitem(), lambda c: c.update(net=5), lambda c: c.pop("step"),
+               lambda c: c.update(step=-1), lambda c: c["rng"].update(cpu=torch.zeros(3)), lambda c: c.update(rng=[]),
+               lambda c: next(iter(c["optimizer"]["state"].values())).update(exp_avg=torch.zeros(2)),
+               lambda c: c["optimizer"].clear()]  # fmt: skip
+    Path("run").mkdir()
+    for change in [*changes, *weights]:
+        broken(toy / "denoiser/ckpt.pt", change, "run/ckpt.pt")
+        before = snapshot(folder)
+        refused(train, "--resume", "--out", "run", "--steps", "9")
+        assert {k: v for k, v in snapshot(folder).items() if k.name != "log.txt"} == before
+
+
+def test_two_hundred_wrong_command_lines_are_one_line_each_and_change_nothing(toy, folder):
+    rng, before = np.random.default_rng(0), snapshot(toy)
+    words = "0 -1 1e400 nan inf 1.5 10000000000000000000 x '' \x00 99999999999999999999999 -- 0x10 [] 1e-400".split()
+    numbers = {
+        train: "steps batch lr warmup clip ema width blocks mult dropout order seed save-every log-every".split()
+    }
+    numbers[sample] = "nfe n rho t-end multistep eta seed batch order tol".split()
+    numbers[train] += "device amp param method data attention flip unknown".split()
+    numbers[sample] += "sampler device method unknown raw".split()
+    valid = {"x", "0", "-1", "''", "\x00"}
+    for i in range(300):
+        script = (train, sample)[i % 2]
+        flag, value = rng.choice(numbers[script]), str(rng.choice(words))
+        if flag in ("warmup", "ema", "seed", "dropout", "attention", "eta", "t-end", "clip") and value in (
+            "0",
+            "1.5",
+            "0x10",
+        ):
+            value = "many"
+        target = ["--out", "new"] if script is train else ["--ckpt", str(toy / "denoiser/ckpt.pt"), "--out", "new"]
+        if (flag, value) in {("lr", "1e-400")}:
+            continue
+        if flag in ("ema", "dropout", "eta", "t-end") and value == "1e-400":
+            value = "-5"
+        if flag in ("rho", "multistep", "clip") and value in ("1.5", "0x10"):
+            value = "1e9"
+        refused(script, *target, f"--{flag}={value}")
+    assert snapshot(toy) == before and not list(folder.rglob("*.*")) and valid
+
+
+def test_a_hundred_damaged_files_are_one_line_each_or_the_same_data(folder):
+    rng = np.random.default_rng(0)
+    np.save("a.npy", rng.integers(0, 256, (20, 8, 8), np.uint8))
+    np.savez_compressed("a.npz", x=randn64(0, 50, 2).numpy(), labels=np.arange(50))
+    write_idx(Path("a.gz"), rng.integers(0, 256, (20, 8, 8), np.uint8))
+    Path("a.tar.gz").write_bytes(CIFAR_TAR)
+    readers = {"a.npy": data.load, "a.npz": data.load, "a.gz": lambda p: data.read_idx(Path(p), 3)}
+    readers["a.tar.gz"] = lambda p: data.load("cifar10", p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, read in readers.items():
+            whole = Path(name).read_bytes()
+            for i in range(40):
+                bad = bytearray(whole)
+                for place in rng.integers(len(bad) if i % 2 else min(len(bad), 100), size=1 + i % 3):
+                    bad[place] = rng.integers(256)
+                Path(f"bad.{name}").write_bytes(bad[: None if i % 5 else len(bad) * i // 40])
+                with contextlib.suppress(data.UserError) as _, memory_limit():
+                    read(f"bad.{name}")
+
+
+@contextlib.contextmanager
+def memory_limit(extra=2 * 2**30):
+    """Hostile input may take that much more address space, and not the machine's."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + extra, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_small_file_that_claims_to_be_huge_is_refused_before_it_fills_the_memory(folder):
+    with gzip.open("bomb.gz", "wb", compresslevel=1) as file:
+        file.write(struct.pack(">4I", 0x803, 4000, 1000, 100))
+        for _ in range(400):
+            file.write(bytes(10**6))
+    member = tarfile.TarInfo("test_batch.bin")
+    member.size = 2**88
+    Path("claim.tar.gz").write_bytes(gzip.compress(member.tobuf(tarfile.GNU_FORMAT) + bytes(4096)))
+    header = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999, 8, 8), }"
+    Path("claim.npy").write_bytes(header.ljust(127) + b"\n")
+    with memory_limit():
+        fails("unpacks to more than", data.read_idx, Path("bomb.gz"), 3)
+        fails("unpacks to more than", data.load, "cifar10", "bomb.gz")
+        fails("damaged|missing", data.load, "cifar10", "claim.tar.gz")
+        with pytest.raises((data.UserError, MemoryError)):
+            data.load("claim.npy")
+
+
+def test_out_of_memory_names_the_knobs(folder):
+    with memory_limit(2**30):
+        assert "lower --batch" in refused(
+            train, *"--data spiral --batch 1000000 --width 4096 --blocks 99 --out new".split()
+        )
+    assert not Path("new/ckpt.pt").exists()
+
+
+def test_a_large_array_is_held_about_twice_at_most(folder):
+    script = f"""if True:
+        import resource, sys; sys.path.insert(0, {str(HERE)!r}); import data
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        dataset = data.load("big.npy"); dataset.std, dataset.mean
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"""
+    np.save("big.npy", np.random.default_rng(0).integers(0, 256, (60_000, 32, 32, 3), np.uint8))
+    used = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert int(used) < 2.2 * Path("big.npy").stat().st_size
 
 
 MISTAKES = {
@@ -2190,10 +2564,8 @@ def test_a_mistake_is_one_line_and_loses_nothing(toy, folder, name, capsys):
     torch.save(old, toy / "old.pt")
     before = snapshot(toy)
     (script, *argv), expected = MISTAKES[name]
-    with pytest.raises(SystemExit) as stop:
-        {"train": train, "sample": sample}[script].main([a.replace("{toy}", str(toy)) for a in argv])
-    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ")
-    assert "\n" not in stop.value.code and expected in stop.value.code
+    line = refused({"train": train, "sample": sample}[script], *(a.replace("{toy}", str(toy)) for a in argv))
+    assert expected in line, line
     assert snapshot(toy) == before and not list(folder.rglob("*.*"))
 
 

@@ -444,8 +444,8 @@ def train(config, ckpt=None):
             if saves or done % config["log_every"] == 0:
                 mean, norm = (seen / (done - since)).tolist()
                 if not math.isfinite(mean + norm):
-                    drawn = "" if config["param"] == "paper" else ", ln sigma ~ N(-1.2, 1.2^2)"
-                    where = f"loss {mean:g} and gradient norm {norm:g} in steps {since + 1}-{done}{drawn}"
+                    drawn = f"all t of {process}" if config["param"] == "paper" else "ln sigma ~ N(-1.2, 1.2^2)"
+                    where = f"loss {mean:g} and gradient norm {norm:g} in steps {since + 1}-{done}, {drawn}"
                     kept = f"{out / 'ckpt.pt'}, if there is one, holds the last good weights"
                     raise data.UserError(f"{where}: lower --lr or --clip; {kept}")
                 speed = (done - since) / (time.time() - began)

@@ -4,6 +4,7 @@ python sample.py                                   the newest run under runs/, 6
 python sample.py --ckpt runs/agm-digits/ckpt.pt --sampler splitting --nfe 50 --n 1000 --out samples
 python sample.py --sampler ode --eta 0.5 --nfe 20  with fresh noise injected on the way
 python sample.py --method hold --order 3           the newest run, if it is a denoiser, with another process
+python sample.py --inpaint FILE --mask FILE        the rest of a picture, or --shrink K; --stroke FILE for a sketch
 python sample.py --ckpt runs/hold-digits/ckpt.pt --nll        HOLD: likelihood bound on the held-out data
 """
 
@@ -15,6 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import argparse
 import inspect
 import math
+import sys
 import tempfile
 import time
 from functools import partial
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import avg_pool2d
 
 import data
 import train
@@ -43,6 +46,16 @@ def parser():
     add("--t-end", "time of the last call (splitting, lie, strang: end of the last step)")
     add("--multistep", "exponential: how many calls are extrapolated")
     add("--eta", "ode: fresh noise injected on the way; 0: none, 1: as much as the reverse SDE")
+    add("--stroke", "picture that guides the samples, without retraining: uint8 .npy, or any file with Pillow")
+    add(
+        "--inject", "stroke: redraw v given it in the first share of the calls (dyn), or mix it into the first v (init)"
+    )
+    add("--share", "stroke, dyn: share of the calls", default=0.25)
+    add("--inpaint", "picture of which a part is known, with --mask or --shrink")
+    add("--mask", "inpaint: which pixels are known, bool or uint8 (H, W), not 0")
+    add("--shrink", "inpaint: the means of blocks of this size are known (super-resolution)")
+    add("--rule", "inpaint: by the posterior covariance (default), or by redrawing v as in AGM's paper")
+    add("--passes", "inpaint: backward passes a call, steps of conjugate gradients", default=2)
     add("--seed", "sample i is the same for every --n and --batch", default=0)
     add("--batch", "samples at a time", default=256)
     p.add_argument("--raw", action="store_true", help="draw with the raw weights, not with their average (EMA)")
@@ -119,8 +132,11 @@ def sample(args):
         return net(m, t, label)
 
     n, start = args.n or (64 if len(shape) == 3 else 10000), time.time()
-    mean = config.get("data_mean", 0.0 if len(shape) == 1 else None)  # None: of an older checkpoint
-    x = draw(sampler, process, counted, shape, n, args.nfe, args.seed, args.batch, device, data_mean=mean, **options)
+    given = conditional(args, method, process, shape, device)
+    # Where something is given, the first prediction is not the data mean; older checkpoints do not know it.
+    mean = None if given else config.get("data_mean", 0.0 if len(shape) == 1 else None)
+    options = {**options, "data_mean": mean}
+    x = draw(sampler, process, counted, shape, n, args.nfe, args.seed, args.batch, device, given, **options)
     seconds = time.time() - start
     array = train.finish(x, config)
     if not x.isfinite().all() or not np.isfinite(array).all():
@@ -139,10 +155,158 @@ def sample(args):
         raise train.Stopped(stop[0], f"stopped: {wrote}")
     print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")
     nfe = calls // -(-n // args.batch)
-    print(f"sampler {name} {options or ''} NFE {nfe} seconds/sample {seconds / n:.5f} on {device}")
+    options.pop("data_mean")
+    by = "" if args.inpaint is None or args.rule == "paper" else f" with {args.passes} backward passes each"
+    print(f"sampler {name} {options or ''} NFE {nfe}{by} seconds/sample {seconds / n:.5f} on {device}")
     if array.dtype == np.float64:
         print("the points are float64: float32 would round them too much, so far from 0 they lie")
     print(wrote)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conditional generation without retraining. A condition is what the samplers take as `condition`: (process, net, m, t,
+# label) -> (x, m), a prediction of the data and the state to go on from. An observation is `see`, linear on x (B, C, H,
+# W), and `fill`, the smallest x of what was seen: see(fill(c)) = c, and fill is see's adjoint but for a factor.
+
+
+def observation(mask=None, shrink=1):
+    """see and fill for known pixels, mask (H, W) of 0 and 1, or for the means of shrink x shrink blocks."""
+    if mask is not None:
+        return (lambda x: x * mask.to(x)), (lambda c: c * mask.to(c))
+    return (lambda x: avg_pool2d(x, shrink)), (lambda c: c.repeat_interleave(shrink, -1).repeat_interleave(shrink, -2))
+
+
+def by_covariance(method, see, fill, known, steps=2):
+    """The posterior mean given see(x) = known, exact for Gaussian data (moment matching, Rozet et al. 2024).
+
+    With J = dD/dy, Cov[x | y] = sigma^2 J (Tweedie), so x = D + J H^T (H J H^T)^-1 (known - H D), H = see, by `steps`
+    of conjugate gradients; each costs a backward pass, as J is taken for symmetric. The rest of known - H x is filled
+    in.
+    """
+
+    def dot(a, b):
+        return (a * b).flatten(1).sum(1)[:, None, None, None]
+
+    def condition(process, net, m, t, label):
+        w, snr = method.project(process, t)
+        with torch.enable_grad():
+            y = method.mix(w[None], m).requires_grad_()
+            D = method.precondition(process, net, y, snr.expand(len(m)), label)
+        x, rest = D.detach(), known - see(D.detach())
+        p, size = rest, dot(rest, rest)
+        for _ in range(steps):
+            (Jp,) = torch.autograd.grad(D, y, fill(p), retain_graph=True)
+            curvature = dot(p, see(Jp))
+            step = torch.where(curvature > 0, size / curvature, 0.0).nan_to_num(posinf=0.0)  # J is a network's
+            x, rest, before = x + step * Jp, rest - step * see(Jp), size
+            size = dot(rest, rest)
+            p = rest + (size / before).nan_to_num() * p
+        return (x + fill(known - see(x))).clamp(-process.bound, process.bound), m
+
+    return condition
+
+
+def by_redrawing(method, see, fill, known, randn):
+    """The AGM paper's inpainting: what is known replaces its part of the prediction, and v (HOLD: the auxiliary blocks)
+    is drawn anew given the result, at every call. HOLD of order 1 has nothing to redraw."""
+
+    def condition(process, net, m, t, label):
+        x = method.denoise(process, net, m, t, label)
+        x = x + fill(known - see(x))
+        return x, redraw(method, process, m, t, x, randn)
+
+    return condition
+
+
+def by_stroke(method, stroke, calls, randn):
+    """The AGM paper's dyn-v: in the first `calls` calls v (HOLD: all auxiliary blocks) is redrawn, given the stroke."""
+    left = calls
+
+    def condition(process, net, m, t, label):
+        nonlocal left
+        left -= 1
+        m = redraw(method, process, m, t, stroke.expand(len(m), -1, -1, -1), randn) if left >= 0 else m
+        return method.denoise(process, net, m, t, label), m
+
+    return condition
+
+
+def redraw(method, process, m, t, x, randn):
+    """m with its auxiliary blocks drawn anew, given the data block and x: in m = mean x + L eps, L lower, the noise of
+    the data block stays and the rest of eps is fresh."""
+    mean, L, C = process.mean(t), process.cholesky(t), x.shape[1]
+    eps = torch.cat([(m[:, :C] - float(mean[0]) * x) / float(L[0, 0]), randn(m[:, C:])], 1)
+    return torch.cat([m[:, :C], (method.mix(mean[:, None], x) + method.mix(L, eps))[:, C:]], 1)
+
+
+def read_picture(path, shape, flag):
+    """A picture (C, H, W) uint8: an .npy of (H, W) or (H, W, C), or with Pillow any picture file."""
+    try:
+        if path.endswith(".npy"):
+            array = np.load(path, allow_pickle=False)
+        else:
+            from PIL import Image
+
+            array = np.asarray(Image.open(path).convert("L" if shape[0] == 1 else "RGB"))
+    except ImportError:
+        raise data.UserError(f"{flag} {path}: pip install pillow to read picture files, or give an .npy") from None
+    except (OSError, ValueError) as e:
+        raise data.UserError(f"cannot read {flag} {path}: {data.why(e)}") from None
+    array = array.astype(np.uint8) * 255 if array.dtype == bool else array
+    array = array[..., None] if array.ndim == 2 else array
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != shape[0]:
+        raise data.UserError(f"{flag} {path} is {array.dtype} {array.shape}: give uint8 (H, W) or (H, W, {shape[0]})")
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())
+
+
+def conditional(args, method, process, shape, device):
+    """What --stroke or --inpaint ask for, as `draw` wants it: (m0, randn) -> (m0, condition). None without them."""
+    for flag, needs in (("mask", "inpaint"), ("shrink", "inpaint"), ("rule", "inpaint"), ("inject", "stroke")):
+        if getattr(args, flag) is not None and getattr(args, needs) is None:
+            raise data.UserError(f"--{flag} belongs to --{needs} FILE: add it, or leave --{flag} out")
+    if not (args.stroke or args.inpaint):
+        return None
+    if args.stroke and args.inpaint:
+        raise data.UserError("--stroke and --inpaint exclude each other: leave one out")
+    if len(shape) != 3:
+        raise data.UserError("--stroke and --inpaint want a network of images, this one draws points")
+    H, W = shape[1:]
+    if args.stroke:
+        stroke = read_picture(args.stroke, shape, "--stroke").to(device) / 127.5 - 1
+        if stroke.shape != shape:
+            raise data.UserError(f"--stroke {args.stroke} has shape {tuple(stroke.shape)}, the network draws {shape}")
+        if process.n == 1:
+            raise data.UserError("HOLD of order 1 has no auxiliary blocks for a stroke to act on: --order 2 or more")
+        if args.inject == "init":  # v0 <- .9 v0 + .1 stroke; HOLD: the auxiliary blocks, in the direction of their mean
+            mean = process.mean(process.T if process.t_data == 0 else process.t0)[1:]
+            push = method.mix((0.1 * mean / mean.norm())[:, None], stroke[None])
+            C = shape[0]
+            return lambda m0, randn: (torch.cat([m0[:, :C], 0.9 * m0[:, C:] + push.to(m0)], 1), None)
+        calls = math.ceil(args.share * args.nfe)
+        return lambda m0, randn: (m0, by_stroke(method, stroke, calls, randn))
+    picture, mask = read_picture(args.inpaint, shape, "--inpaint").to(device) / 127.5 - 1, None
+    if (args.mask is None) == (args.shrink is None):
+        raise data.UserError("--inpaint wants what is known of it: --mask FILE, or --shrink K for block means")
+    if args.mask:
+        mask = (read_picture(args.mask, (1, H, W), "--mask").to(device) > 0).float()[0]
+        if mask.shape != (H, W) or not 0 < mask.mean() < 1:
+            raise data.UserError(f"--mask {args.mask} must be ({H}, {W}) and mark some pixels, but not all, as known")
+    elif H % args.shrink or W % args.shrink:
+        raise data.UserError(f"--shrink {args.shrink} must divide {H} and {W}")
+    see, fill = observation(mask, args.shrink or 1)
+    small = (shape[0], H // args.shrink, W // args.shrink) if args.shrink else shape
+    if picture.shape not in (shape, small):
+        raise data.UserError(f"--inpaint {args.inpaint} has shape {tuple(picture.shape)}, the network draws {shape}")
+    known = see(picture[None]) if picture.shape == shape else picture[None]
+    if args.rule == "paper":
+        return lambda m0, randn: (m0, by_redrawing(method, see, fill, known, randn))
+    if process.param != "denoiser":
+        raise data.UserError("the rule by covariance needs a denoiser: --rule paper, or another --ckpt")
+    return lambda m0, randn: (m0, by_covariance(method, see, fill, known, args.passes))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihood
 
 
 def print_nll(args, config, method, process, net, device):
@@ -181,7 +345,7 @@ def print_nll(args, config, method, process, net, device):
 
 
 def main(argv=None):
-    run(lambda: sample(parser().parse_args(argv)))
+    run(lambda: sample(train.read(parser(), sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

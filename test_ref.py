@@ -2564,6 +2564,316 @@ def test_a_mistake_is_one_line_and_loses_nothing(toy, folder, name, capsys):
     assert snapshot(toy) == before and not list(folder.rglob("*.*"))
 
 
+# -- nothing lost, nothing guessed
+
+
+def error(script, argv):
+    """The one line with which a script refuses; its exit status is not 0."""
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(a) for a in argv])
+    text = stop.value.code
+    assert isinstance(text, str) and text.startswith("error: ") and len(text.splitlines()) == 1, text
+    return text
+
+
+@pytest.mark.parametrize("D", [1, 2, 5])
+def test_points_from_a_file_are_trained_as_the_sets_of_points_are(folder, D, capsys):
+    np.save("mine.npy", data.spiral(500).numpy() if D == 2 else np.random.default_rng(0).normal(size=(500, D)))
+    named, _ = train.configure(["--data", "spiral"])
+    found, _ = train.configure(["--data", "mine.npy"])
+    assert {k for k in named if named[k] != found[k]} == {"data"}
+    with pytest.raises(SystemExit):
+        train.configure(["--data", "mine.npy", "--help"])
+    assert re.search(rf"--width.*\(default:\s+{named['width']}\)", capsys.readouterr().out, re.S)
+    train.main(["--data", "mine.npy", "--out", "run", *TOY])
+    assert "defaults for points" in (folder / "run/log.txt").read_text().splitlines()[0]
+    sample.main("--ckpt run/ckpt.pt --n 50 --nfe 2".split())
+    assert np.load("run/samples.npz")["arr_0"].shape == (50, D) and read_png(Path("run/samples.png")).size
+
+
+def test_a_run_owns_its_folder(folder):
+    Path("run").mkdir()
+    for name in (".try", "mine.txt", "step-0000003.png"):
+        Path("run", name).write_text("mine")
+    with open("run/log.txt", "ab") as log:  # as a run that is going on holds it
+        assert data.lock(log)
+        assert "choose another --out" in error(train, ["--out", "run", *TOY])
+        log.write(b"step 1 loss of a run that was killed before its first save\n")
+    train.main(["--out", "run", *TOY])
+    assert (Path("run", ".try").read_text(), Path("run", "mine.txt").read_text()) == ("mine", "mine")
+    assert "killed" not in Path("run/log.txt").read_text() and Path("run/step-0000003.png").read_bytes() != b"mine"
+    before = snapshot(folder)
+    with open("run/log.txt", "ab") as log:
+        assert data.lock(log)
+        assert "choose another --out" in error(train, ["--resume", "--out", "run", "--steps", "9"])
+    assert snapshot(folder) == before
+
+
+def test_two_runs_started_at_once_take_two_folders(folder):
+    command = [sys.executable, str(HERE / "train.py"), *TOY]
+    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [p.wait() for p in running] == [0, 0]
+    assert sorted(p.parent.name for p in Path("runs").glob("*/ckpt.pt")) == ["agm-digits", "agm-digits-2"]
+    assert all(len(losses(p)) == 6 for p in Path("runs").iterdir())
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_says_how_to_go_on(folder, name):
+    number = getattr(signal, name)
+    command = [sys.executable, str(HERE / "train.py"), "--out", "my run", *TOY, "--steps", "100000"]
+    command[command.index("--save-every") + 1] = "50000"
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in running.stdout:
+        if line.startswith("step 4 "):
+            running.send_signal(number)
+            break
+    running.stdout.read()
+    said = running.stderr.read()
+    assert running.wait() == 128 + number
+    step = torch.load("my run/ckpt.pt", weights_only=True)["step"]
+    assert said == f"stopped at step {step}, which is saved; python train.py --resume --out 'my run' goes on\n"
+    train.main(["--resume", "--out", "my run", "--steps", str(step + 2)])
+    assert sorted(losses(folder / "my run")) == list(range(1, step + 3))
+
+
+def test_a_lost_terminal_ends_nothing(folder):
+    command = f"{sys.executable} {HERE / 'train.py'} --out run {' '.join(TOY)} | head -1; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", command], capture_output=True).returncode == 0
+    assert len(losses(folder / "run")) == 6 and "done" in (folder / "run/log.txt").read_text()
+
+
+def test_a_full_disk_leaves_both_old_files_and_no_other(toy, folder, monkeypatch):
+    options = ["--ckpt", str(toy / "agm/ckpt.pt"), "--nfe", "1", "--n", "3", "--out", "here"]
+    sample.main(options)
+    train.main(["--out", "run", *TOY])
+    before = snapshot(folder)
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in error(sample, [*options, "--seed", "1"])
+    assert "No space left" in error(train, ["--resume", "--out", "run", "--steps", "9"])
+    after = snapshot(folder)
+    assert {p: c for p, c in after.items() if p.name != "log.txt"} == {
+        p: c for p, c in before.items() if p.name != "log.txt"
+    }
+
+
+def test_the_arrays_do_not_hang_on_the_picture(toy, folder, monkeypatch, capsys):
+    options = ["--ckpt", str(toy / "agm/ckpt.pt"), "--nfe", "1", "--out", "here"]
+    sample.main([*options, "--n", "1100", "--batch", "1100"])
+    assert "shows the first 1024" in capsys.readouterr().out
+    assert len(np.load("here/samples.npz")["arr_0"]) == 1100
+    assert read_png(Path("here/samples.png")).shape == (
+        32 * 9 * 8 - 8,
+        32 * 9 * 8 - 8,
+    )  # 32 x 32 images, enlarged 8 times
+
+    def broken(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(data, "picture", broken)
+    sample.main([*options, "--n", "3"])
+    assert len(np.load("here/samples.npz")["arr_0"]) == 3
+
+
+def test_a_picture_lost_by_a_kill_is_drawn_on_resume(folder):
+    train.main(["--out", "run", *TOY])
+    picture = Path("run/step-0000006.png")
+    before = picture.read_bytes()
+    picture.unlink()
+    train.main(["--resume", "--out", "run"])
+    assert picture.read_bytes() == before
+
+
+@pytest.mark.parametrize("part", ["ema", "net", "optimizer"])
+def test_weights_that_are_not_finite_are_refused(toy, folder, part):
+    ckpt = torch.load(toy / "denoiser/ckpt.pt", weights_only=True)
+    values = ckpt[part]["state"][3]["exp_avg"] if part == "optimizer" else list(ckpt[part].values())[3]
+    values.view(-1)[0] = math.nan
+    Path("bad").mkdir()
+    torch.save(ckpt, "bad/ckpt.pt")
+    before = snapshot(folder)
+    for script, argv in ((sample, ["--ckpt", "bad/ckpt.pt"]), (train, ["--resume", "--out", "bad", "--steps", "9"])):
+        assert "not finite" in error(script, argv)
+    assert snapshot(folder) == before
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(toy, folder):
+    whole = (toy / "denoiser/ckpt.pt").read_bytes()
+    with zipfile.ZipFile(toy / "denoiser/ckpt.pt") as file:
+        parts = [(i.header_offset + 30 + len(i.filename) + 64, i.file_size - 64) for i in file.infolist()]
+    random = np.random.default_rng(0)
+    for start, size in random.choice([p for p in parts if p[1] > 64], 20):
+        changed = bytearray(whole)
+        changed[start + random.integers(size)] ^= 1 << random.integers(8)
+        Path("bad.pt").write_bytes(changed)
+        assert "is damaged" in error(sample, ["--ckpt", "bad.pt"])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        (dict(x_test=np.zeros((9, 8, 8), "u1"), x_train=np.zeros((9, 8, 8), "u1")), "x_test, x_train"),
+        (dict(a=np.eye(9), b=np.eye(9)), "a, b"),
+        (dict(arr_0=np.arange(9), arr_1=np.eye(9)), "arr_0, arr_1"),
+        (dict(images=np.eye(9), x=np.eye(9)), "images, x"),
+        (dict(x=np.eye(9, dtype="u1")[None] * np.ones((9, 1, 1), "u1")), "multiply masks by 255"),
+        (dict(x=np.zeros((24, 24, 3), "u1")), "one picture or many"),
+        (dict(x=np.zeros((5, 6, 6), "u1")), "values 0 to 0"),
+    ],
+)
+def test_what_could_be_two_things_is_refused(folder, arrays, words):
+    np.savez("some.npz", **arrays)
+    assert words in error(train, ["--data", "some.npz", "--out", "run", *TOY])
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.random.default_rng(0).normal(size=(99, 2)) * [1, 1e-3], "axis 1 spreads over"),
+        (np.arange(9 * 64, dtype="u1").reshape(9, 8, 8) % 40, "the largest pixel is 39"),
+        (np.random.default_rng(0).normal(size=(3, 9)), "3 points of 9 numbers"),
+    ],
+)
+def test_what_is_taken_for_granted_is_said(folder, array, words):
+    np.save("some.npy", array)
+    with pytest.warns(UserWarning, match=words):
+        data.load("some.npy")
+
+
+def test_the_order_of_the_rows_does_not_matter(folder):
+    """Classes 0-9 in turn, or sorted values: every class is trained on, and the spread is that of all rows."""
+    images = np.repeat(np.arange(0, 250, dtype="u1"), 80).reshape(-1, 1, 1) * np.ones((1, 2, 2), "u1")
+    np.savez("some.npz", images=images, labels=np.arange(20000) % 10)
+    dataset = data.load("some.npz")
+    assert set(dataset.train_labels.tolist()) == set(range(10)) and len(dataset.test) == 4000
+    every = dataset.train.double().numpy() / 127.5
+    assert abs(dataset.std - every.std()) < 1e-12
+    assert np.abs(dataset.mean.double().numpy() - (every.mean(0) - 1)).max() < 1e-7
+
+
+@pytest.mark.parametrize(("centre", "spread"), [(1.7e9, 10.0), (1e6, 0.05), (-1e15, 3e4), (1e-30, 1e-32)])
+def test_points_far_from_zero_keep_their_digits(folder, centre, spread):
+    points = centre + spread * np.random.default_rng(0).normal(size=(2000, 2))
+    np.save("some.npy", points)
+    dataset = data.load("some.npy")
+    both = np.concatenate([dataset.to_points(part) for part in (dataset.train, dataset.test)])
+    assert abs(dataset.std - 1) < 1e-6 and len(np.unique(dataset.train[:, 0])) > 1500
+    resolution = max(spread * 1e-4, np.spacing(abs(centre)))
+    assert np.abs(np.sort(both, 0) - np.sort(points, 0)).max() <= 2 * resolution
+
+
+def test_resume_trusts_content(folder):
+    points = data.moons(300).numpy()
+    np.save("a.npy", points)
+    np.save("b.npy", points)
+    np.save("c.npy", points + 0.1)
+    train.main(["--data", "a.npy", "--out", "run", *TOY])
+    Path("a.npy").unlink()
+    train.main("--resume --out run --data b.npy --steps 7 --width 8".split())  # moved; an equal value is equal
+    before = snapshot(folder)
+    assert "its" in error(train, "--resume --out run --data c.npy --steps 9".split())
+    assert snapshot(folder) == before
+    train.main(["--out", "digits", *TOY, "--mult", "1", "2"])
+    train.main("--resume --out digits --mult 1 2 --steps 7".split())
+
+
+def test_a_config_of_wrong_types_is_refused(toy, folder):
+    good = torch.load(toy / "denoiser/ckpt.pt", weights_only=True)
+    wrong = dict(method=[], width=1.5, shape=0, mult=["1"], std=math.nan, blocks=True, order=99, scale="1", steps=-1)
+    for key, value in [*wrong.items(), ("shape", [1, 8]), ("shape", [10**6, 8, 8]), ("mult", [1] * 9)]:
+        torch.save({**good, "config": {**good["config"], key: value}}, "bad.pt")
+        error(sample, ["--ckpt", "bad.pt"])
+    for key in ("config", "net", "ema", "optimizer", "step", "rng"):
+        Path("bad").mkdir(exist_ok=True)
+        torch.save({**good, key: [1]}, "bad/ckpt.pt")
+        error(train, ["--resume", "--out", "bad", "--steps", "9"])
+
+
+def test_the_locale_does_not_matter(folder):
+    np.save("точки.npy", data.moons(50).numpy())
+    command = [sys.executable, str(HERE / "train.py"), "--data", "точки.npy", *TOY]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and Path("runs/agm-точки/ckpt.pt").exists(), done.stderr
+
+
+def test_a_file_that_unpacks_to_more_than_any_data_is_refused(fashion_dir, monkeypatch):
+    monkeypatch.setattr(data, "LIMIT", 1000)
+    path = fashion_dir / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes(10**6)))
+    fails("unpacks to more than", data.load, "fashion", fashion_dir)
+
+
+def test_loading_takes_little_more_than_the_array(folder):
+    """Peak memory of loading and of `std` over the file's size, for images and for points: at most 2.2."""
+    code = """
+import resource, sys, data
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+d = data.load(sys.argv[1]); d.std; d.mean; d.bound
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    random = np.random.default_rng(0)
+    for array in (random.integers(0, 256, (40000, 64, 64), "u1"), random.normal(size=(20_000_000, 2)).astype("f4")):
+        np.save("big.npy", array)
+        command = [sys.executable, "-c", code, "big.npy"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+        assert int(done.stdout) <= 2.2 * array.nbytes, (array.dtype, int(done.stdout) / array.nbytes)
+
+
+def test_fuzz(toy, folder):
+    """Random command lines and random files: one line, a status that is not 0, and nothing is touched."""
+    random = np.random.default_rng(0)
+    values = ["", "9" * 30, *" |0|-1|1e400|nan|inf|1.5|x|None|[]|None.npy|\0|../..|é".split("|")]
+    flags = {
+        train: "method data order param steps batch lr width blocks mult seed device amp ema clip dropout attention",
+        sample: "ckpt nfe n sampler rho t-end multistep eta seed batch method order tol device",
+    }
+    files = [np.zeros(0), np.zeros((3, 3), "i8"), np.full((4, 2), np.nan), np.zeros((4, 2)), np.array("x")]
+    files += [
+        np.zeros((2, 2, 2, 2), "u1"),
+        np.zeros((2, 3, 4)),
+        np.array([1 + 2j]),
+        np.zeros((5, 0)),
+        np.zeros(7, "f2"),
+    ]
+    blobs = [b"", b"\x93NUMPY", b"PK\3\4", bytes(100), Path(toy / "agm/ckpt.pt").read_bytes()]
+    before = {root: snapshot(root) for root in (toy, folder)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, hard))
+    try:
+        refused = 0
+        for i in range(400):
+            script = train if i % 2 else sample
+            base = ["--out", "new", *TOY] if script is train else ["--ckpt", toy / "agm/ckpt.pt", "--out", "new"]
+            flag, value = random.choice(flags[script].split()), str(random.choice(values))
+            if value in ("0", "None", "1.5") or (flag == "seed" and value == "9" * 30):
+                value = "-" + "9" * 25  # wrong for every flag, where these are not
+            error(script, [*base, f"--{flag}", value])
+            refused += 1
+        for i in range(120):
+            name = f"file{i}.{random.choice(['npy', 'npz', 'pt'])}"
+            blob = bytearray(blobs[i % len(blobs)])
+            if i % 3 == 0 and not name.endswith("pt"):
+                np.save(file := io.BytesIO(), files[i // 3 % len(files)])
+                blob = bytearray(file.getvalue())
+            for _ in range(i % 4 if blob else 0):
+                blob[random.integers(len(blob))] = random.integers(256)
+            Path(name).write_bytes(blob[: random.integers(1, len(blob) + 1)] if i % 2 and blob else blob)
+            whole = name.endswith("pt") and bytes(Path(name).read_bytes()) == blobs[-1]
+            if not whole:
+                argv = (
+                    ["--ckpt", name, "--out", "new"] if name.endswith("pt") else ["--data", name, "--out", "new", *TOY]
+                )
+                error(sample if name.endswith("pt") else train, argv)
+            Path(name).unlink()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert refused == 400 and {root: snapshot(root) for root in (toy, folder)} == before
+
+
 def load_bench(script):
     spec = importlib.util.spec_from_file_location("bench", HERE / script)
     bench = importlib.util.module_from_spec(spec)

@@ -72,10 +72,17 @@ LIMITS = {
     **dict(width=(1, 4096), blocks=(1, 100), mult=(1, 64), attention=(0, 15), dropout=(0.0, 0.99)),
     **dict(order=(1, 8), sde=(False, True), seed=(0, 2**32 - 1)),  # HOLD is tested up to order 8
     **dict(nfe=(1, 10**5), n=(1, 10**7), rho=(0.01, 100.0), t_end=(0.0, 100.0), multistep=(1, 4), eta=(0.0, 10.0)),
+    **dict(share=(0.0, 1.0), shrink=(2, 4096), passes=(1, 100)),
     **dict(tol=(1e-12, 1.0), shape=(1, 65536), shift=(-1e300, 1e300), scale=(1e-300, 1e300)),
     **dict.fromkeys(("std", "bound"), (1e-9, 1e9)),
 }
-CHOICES = {"method": METHODS, "param": ("denoiser", "paper"), "amp": ("off", "bf16")}
+CHOICES = {
+    "inject": ("dyn", "init"),
+    "rule": ("covariance", "paper"),
+    "method": METHODS,
+    "param": ("denoiser", "paper"),
+    "amp": ("off", "bf16"),
+}
 
 
 def check(key, value):
@@ -224,15 +231,11 @@ def load_checkpoint(path, device="cpu"):
         for key in {"method", "param", "data", "shape", "std", *given} & {*LIMITS, *CHOICES, "data"}:
             several = key in ("mult", "attention", "shape") or (key == "shift" and isinstance(given[key], list))
             for value in given[key] if several else [given[key]]:
-                check(key, value)
-        shape, mean = tuple(config["shape"]), torch.as_tensor(given.get("data_mean", 0.0))
-        if (
-            len(shape) not in (1, 3)
-            or mean.shape not in ((), shape)
-            or type(ckpt["step"]) is not int
-            or ckpt["step"] < 0
-        ):
-            raise ValueError(f"shape {shape}, step {ckpt['step']}")
+                if check(key, value) != value:  # a number as text
+                    raise ValueError(f"{key} {value!r}")
+        step, shape, mean = ckpt["step"], tuple(config["shape"]), torch.as_tensor(given.get("data_mean", 0.0))
+        if len(shape) not in (1, 3) or mean.shape not in ((), shape) or type(step) is not int or step < 0:
+            raise ValueError(f"shape {shape}, step {step}")
         tensors = [*ckpt["net"].values(), *ckpt["ema"].values(), mean]
         tensors += [v for state in ckpt["optimizer"]["state"].values() for v in state.values()]
         if not all(v.isfinite().all() for v in tensors):
@@ -315,15 +318,19 @@ class Noise:
 
 
 @torch.no_grad()
-def draw(sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", **options):
-    """n samples (n, *shape) on the CPU, drawn `batch` at a time; `data_mean` is for samplers that start from a mean."""
+def draw(sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", conditional=None, **options):
+    """n samples (n, *shape) on the CPU, drawn `batch` at a time; `data_mean` is for samplers that start from a mean.
+    conditional: (m0, noise) -> another m0 and a condition for the sampler."""
     out, takes = [], inspect.signature(sampler).parameters
     if "data_mean" not in takes or takes["data_mean"].default is None:
         options.pop("data_mean", None)
     for i in range(0, n, batch):
         noise = Noise(seed, range(i, min(i + batch, n)))
         extra = {"randn": noise} if "randn" in takes else {}
-        out.append(sampler(process, net, noise.prior(process, shape).to(device), nfe, **options, **extra).float().cpu())
+        m0 = noise.prior(process, shape).to(device)
+        if conditional:
+            m0, extra["condition"] = conditional(m0, noise)
+        out.append(sampler(process, net, m0, nfe, **options, **extra).float().cpu())
     return torch.cat(out)
 
 

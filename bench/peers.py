@@ -35,7 +35,6 @@ class FM:
     n: ClassVar[int] = 1
     T: ClassVar[float] = 1.0
     t_data: ClassVar[float] = 1.0
-    t_range: ClassVar[tuple] = (0.0, 1.0)
 
     def prior(self, shape, generator=None):
         return torch.randn(shape, generator=generator)

@@ -143,7 +143,7 @@ class Dataset:
 
     def summary(self):
         """What a checkpoint keeps of its data: what sampling needs, and what tells them from other data."""
-        units = {"shift": torch.as_tensor(self.shift).tolist(), "scale": self.scale, "shape": list(self.shape)}
+        units = {"shape": list(self.shape), "shift": torch.as_tensor(self.shift).tolist(), "scale": self.scale}
         some = self.train[:: max(1, len(self.train) // 10_000)]
         window = None if self.is_image else extent(self.to_points(some))
         return {**units, "bound": self.bound, "std": self.std, "data_mean": self.mean, "window": window}

@@ -358,7 +358,7 @@ def update_ema(averages, params, step, decay):
 
 def compare(found, config, name):
     """Refuses data that are not those of the run, wherever they lie; the run's units stand."""
-    for key in sorted(found.keys() & config.keys() - {"window"}):
+    for key in (k for k in found if k in config and k != "window"):
         new, old = (torch.as_tensor(c[key], dtype=torch.float64) for c in (found, config))
         unit = config["scale"] if key in ("shift", "scale") else 1.0
         if new.shape != old.shape or (new - old).abs().max() > 1e-5 * unit:

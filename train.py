@@ -234,8 +234,9 @@ def load_checkpoint(path, device="cpu"):
                 if check(key, value) != value:  # a number as text
                     raise ValueError(f"{key} {value!r}")
         step, shape, mean = ckpt["step"], tuple(config["shape"]), torch.as_tensor(given.get("data_mean", 0.0))
-        if len(shape) not in (1, 3) or mean.shape not in ((), shape) or type(step) is not int or step < 0:
-            raise ValueError(f"shape {shape}, step {step}")
+        units = torch.as_tensor(config["shift"]).shape
+        if len(shape) not in (1, 3) or not {mean.shape, units} <= {(), shape} or type(step) is not int or step < 0:
+            raise ValueError(f"step {step}, shape {shape} with a mean of {mean.shape} and a shift of {units}")
         tensors = [*ckpt["net"].values(), *ckpt["ema"].values(), mean]
         tensors += [v for state in ckpt["optimizer"]["state"].values() for v in state.values()]
         if not all(v.isfinite().all() for v in tensors):

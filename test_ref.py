@@ -1668,7 +1668,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves CIFAR_TAR; `ranges`: obeys Range; `cut`: hangs up after that many bytes; logs requests."""
 
     def __init__(self):
-        self.ranges, self.cut, self.status, self.log = True, None, None, []
+        self.ranges, self.cut, self.status, self.log, self.headers = True, None, None, [], {}
         super().__init__(("127.0.0.1", 0), Handler)
 
 
@@ -1682,7 +1682,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
         body = b"" if status >= 400 else CIFAR_TAR[start:]
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in ({"Content-Length": str(len(body))} | self.server.headers).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[: self.server.cut])
 
@@ -1763,6 +1764,36 @@ def test_server_errors_overwrite_nothing(server):
     fails("404.*by hand and give --data-dir", data.load, "cifar10")
     assert server.part.read_bytes() == b"half"
     assert cached(server) == ["cifar-10-binary.tar.gz.part"]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "match"),
+    [
+        (302, {"Location": "http://127.0.0.1:1/other"}, "which is not https"),
+        (302, {"Location": "file:///etc/hostname"}, "is not allowed"),
+        (None, {"Content-Length": "many"}, "'many' bytes"),
+        (None, {"Content-Length": "-5"}, "'-5' bytes"),
+        (None, {"Content-Length": str(10**12)}, "more than 200 MB"),
+    ],
+)
+def test_what_a_server_may_not_do(server, status, headers, match):
+    server.status, server.headers = status, headers
+    fails(f"download failed.*{match}.*by hand", data.load, "cifar10")
+    assert cached(server) == []
+
+
+def test_a_download_follows_no_link_and_leaves_another_process_its_file(server, tmp_path, monkeypatch):
+    (tmp_path / "mine").write_bytes(b"mine")
+    server.part.symlink_to(tmp_path / "mine")
+    fails("download failed", data.load, "cifar10")
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    server.part.unlink()
+    with open(server.part, "wb") as other:
+        assert data.lock(other)
+        fails("another process is writing", data.load, "cifar10")
+    monkeypatch.setattr(data, "LIMIT", 1000)  # a server that says nothing of the length and never ends
+    server.headers = {"Content-Length": ""}
+    fails("more than 0 MB came", data.load, "cifar10")
 
 
 def test_no_network(server, monkeypatch):
@@ -2387,7 +2418,7 @@ def test_a_checkpoint_that_does_not_fit_itself_is_one_line(toy, folder):
     more = [("shape", [1, 8]), ("shape", [10**6, 8, 8]), ("mult", [1] * 9), ("mult", ["1"])]
     for key, value in [*itertools.product(keys, wrong), *more]:
         if str((key, value)) not in fine:
-            fails("bad.pt", sample.restore, broken(toy / "denoiser/ckpt.pt", config(key, value)), "cpu")
+            fails("bad.pt|--mult", sample.restore, broken(toy / "denoiser/ckpt.pt", config(key, value)), "cpu")
     changes = [
         *(
             lambda c: c["net"].popitem(),

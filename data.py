@@ -116,27 +116,20 @@ class Dataset:
         return 1.0 if self.is_image else 1.1 * max(-float(self.train.min()), float(self.train.max()))
 
     @property
-    def parts(self):
-        """The training samples, some megabytes at a time."""
-        return self.train.split(max(1, 2**21 // self.train[0].numel()))
-
-    @property
     def mean(self):
         """The mean of what a network meets: float32 (C, H, W), exact over all training images; 0.0 for points."""
         if not self.is_image:
             return 0.0
-        total = sum(part.sum(0, dtype=torch.int64) for part in self.parts)
+        total = sum(part.sum(0, dtype=torch.int64) for part in parts(self.train))
         return (total.double() / (127.5 * len(self.train)) - 1).float()
 
     @property
     def std(self):
         """The standard deviation of what a network meets, over all training samples and dimensions."""
         if not self.is_image:
-            first, second = (
-                sum(float(p.double().pow(k).sum()) for p in self.parts) / self.train.numel() for k in (1, 2)
-            )
-            return math.sqrt(second - first**2)
-        count = sum(part.flatten().bincount(minlength=256).cpu() for part in self.parts).double()
+            sums = [sum(float(part.double().pow(k).sum()) for part in parts(self.train)) for k in (1, 2)]
+            return math.sqrt(sums[1] / self.train.numel() - (sums[0] / self.train.numel()) ** 2)
+        count = sum(part.flatten().bincount(minlength=256).cpu() for part in parts(self.train)).double()
         value = torch.arange(256).double() / 127.5
         centred = value - (count * value).sum() / count.sum()
         return float(((count * centred**2).sum() / count.sum()).sqrt())
@@ -289,11 +282,13 @@ def array_file(path, name):
     rows = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
     both = [None, None] if labels is None else [label_tensor(labels[r]) for r in rows]
     if array.dtype == np.uint8:
-        check_levels(path, array)
-        return Dataset(
-            name, *(gather(array, r, lambda part: part.transpose(0, 3, 1, 2), np.uint8) for r in rows), *both
-        )
-
+        low, high = int(array.min()), int(array.max())
+        if low == high or high == 1:
+            raise UserError(f"{path} has pixels from {low} to {high}: 255 is white, so multiply masks by 255")
+        if high < 64:
+            warnings.warn(f"{path}: the largest pixel is {high}, taken as dark, for white is 255", stacklevel=2)
+        images = (gather(array, r, lambda part: part.transpose(0, 3, 1, 2), np.uint8) for r in rows)
+        return Dataset(name, *images, *both)
     shift, scale = standard(path, array, rows[0])
     train, test = (gather(array, r, lambda part: (part.astype(np.float64) - shift) / scale, np.float32) for r in rows)
     return Dataset(name, train, test, *both, shift=torch.from_numpy(shift), scale=scale)
@@ -302,53 +297,37 @@ def array_file(path, name):
 def as_samples(path, array):
     """The array as uint8 images (N, H, W, C) or float points (N, D). UserError where it is neither, or could be both
     one thing and another."""
-    kind, shape = array.dtype.kind, array.shape
-    if array.size == 0:
-        raise UserError(f"{path} holds an empty array of shape {shape}: give at least one sample")
-    if kind != "f" and array.dtype != np.uint8:
-        raise UserError(f"{path} has dtype {array.dtype}: convert images to uint8 (0..255), points to float32")
-    if kind == "f" and array.ndim in (3, 4):
-        raise UserError(f"{path} has float images {shape}: convert them to uint8 (0..255)")
-    if kind == "f" and array.ndim != 2:
-        raise UserError(f"{path} has float shape {shape}: points must be (N, D); reshape(-1, 1) makes numbers points")
-    if kind == "f":
-        return array
-    if array.ndim == 3 and (shape[2] in (1, 3) or shape[1] > shape[2] == 4):
-        raise UserError(f"{path} has uint8 shape {shape}, which may be one picture or many: give (N, H, W, C)")
-    if array.ndim not in (3, 4) or (array.ndim == 4 and shape[3] not in (1, 3)):
-        raise UserError(f"{path} has uint8 shape {shape}: images must be (N, H, W) or (N, H, W, C) with C 1 or 3")
+    shape, is_image, is_float = array.shape, array.dtype == np.uint8, array.dtype.kind == "f"
+    one_or_many = array.ndim == 3 and (shape[2] in (1, 3) or shape[1] > shape[2] == 4)
+    channels = array.ndim == 3 or (array.ndim == 4 and shape[3] in (1, 3))
+    for wrong, text in (
+        (array.size == 0, f"an empty array of shape {shape}: give at least one sample"),
+        (not (is_image or is_float), f"dtype {array.dtype}: convert images to uint8 (0..255), points to float32"),
+        (is_float and array.ndim in (3, 4), f"float images {shape}: convert them to uint8 (0..255)"),
+        (is_float and array.ndim != 2, f"float shape {shape}: points must be (N, D), numbers (N, 1)"),
+        (is_image and one_or_many, f"uint8 shape {shape}, which may be one picture or many: give (N, H, W, C)"),
+        (is_image and not channels, f"uint8 shape {shape}: images must be (N, H, W) or (N, H, W, C) with C 1 or 3"),
+    ):
+        if wrong:
+            raise UserError(f"{path} has {text}")
     return array[..., None] if array.ndim == 3 else array
-
-
-def check_levels(path, images):
-    low, high = int(images.min()), int(images.max())
-    if low == high or high == 1:
-        raise UserError(
-            f"{path} has uint8 images of values {low} to {high}: pixels run from 0 to 255, multiply masks by 255"
-        )
-    if high < 64:
-        warnings.warn(f"{path}: the largest pixel is {high}, taken as dark, for white is 255", stacklevel=2)
 
 
 def standard(path, points, rows):
     """Mean (D,) and scale of those rows, in float64 and in parts: float32 would lose what lies far from 0."""
 
-    def mean(change):
-        return sum(change(part).sum(0) for part in parts(points, rows)) / len(rows)
-
+    n = len(rows)
     with np.errstate(all="ignore"):  # what overflows is caught as an infinity
-        shift = mean(lambda part: part.astype(np.float64))
-        spread = np.sqrt(mean(lambda part: np.square(part.astype(np.float64) - shift)))  # of each axis
+        shift = sum(part.astype(np.float64).sum(0) for part in parts(points, rows)) / n
+        spread = np.sqrt(sum(np.square(part.astype(np.float64) - shift).sum(0) for part in parts(points, rows)) / n)
         scale = float(np.sqrt(np.square(spread).mean()))
     if not math.isfinite(scale) or not all(np.isfinite(part).all() for part in parts(points)):
         raise UserError(f"{path} has values that are not finite, or too large: remove the rows with NaN or infinity")
     if scale == 0:
-        raise UserError(f"{path} holds {len(rows)} equal points: there is nothing to learn, give points that differ")
+        raise UserError(f"{path} holds {n} equal points: there is nothing to learn, give points that differ")
     if spread.min() < spread.max() / 100:
-        narrow = (
-            f"axis {spread.argmin()} spreads over {spread.min():.3g}, axis {spread.argmax()} over {spread.max():.3g}"
-        )
-        warnings.warn(f"{path}: {narrow}, and one scale serves all: rescale the axes if both matter", stacklevel=2)
+        low, high = (f"axis {i} spreads over {spread[i]:.3g}" for i in (spread.argmin(), spread.argmax()))
+        warnings.warn(f"{path}: {low}, {high}, and one scale serves all: rescale if both matter", stacklevel=2)
     if len(points) < points.shape[1]:
         warnings.warn(f"{path}: taken as {len(points)} points of {points.shape[1]} numbers each", stacklevel=2)
     return shift, scale
@@ -356,9 +335,9 @@ def standard(path, points, rows):
 
 def parts(array, rows=None):
     """array[rows], or all of it, some megabytes at a time."""
-    step = max(1, 2**21 // array[0].size)
-    for i in range(0, len(array if rows is None else rows), step):
-        yield array[i : i + step] if rows is None else array[rows[i : i + step]]
+    rows, step = range(len(array)) if rows is None else rows, max(1, 2**21 // math.prod(array.shape[1:]))
+    for i in range(0, len(rows), step):
+        yield array[i : i + step] if isinstance(rows, range) else array[rows[i : i + step]]
 
 
 def gather(array, rows, change, dtype):
@@ -389,9 +368,7 @@ def read_array(path):
     except Exception as error:  # numpy and zipfile raise a dozen kinds; all mean the same here
         raise UserError(f"cannot read {path} ({why(error)}): write it again with numpy.save or numpy.savez") from None
     if len(chosen) != 1 and names:
-        raise UserError(
-            f"{path} holds {', '.join(names)[:200]}: call the samples images or x, and their classes labels"
-        )
+        raise UserError(f"{path} holds {', '.join(names)[:200]}: call the samples images or x, the classes labels")
     if not all(isinstance(a, np.ndarray) for a in (array, labels) if a is not None):
         raise UserError(f"{path} is a zip of other files than arrays: write it with numpy.savez")
     if len(names) > 1:

@@ -1454,7 +1454,7 @@ def test_point_files_are_standardised_and_restored(tmp_path, dtype):
         (np.zeros((24, 25, 3), np.uint8), "one picture or many"),
         (np.zeros((24, 25, 4), np.uint8), "one picture or many"),
         (np.eye(5, dtype=np.uint8)[None], "multiply masks by 255"),
-        (np.full((5, 8, 8), 77, np.uint8), "values 77 to 77"),
+        (np.full((5, 8, 8), 77, np.uint8), "from 77 to 77"),
         (np.array([[0.0, 1], [np.nan, 2]]), "not finite"),
         (np.array([[0.0, 1], [np.inf, 2]]), "not finite"),
         (np.array([[0.0, 1], [1e200, 2]]), "too large"),

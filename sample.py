@@ -118,6 +118,7 @@ def sample(args):
         return print_nll(args, config, method, process, net, device)
     name, sampler, options = sampler_options(method, args)
     out, shape = Path(args.out) if args.out else path.parent, tuple(config["shape"])
+    given = conditional(args, method, process, shape, device)
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # before the work is done; it has no name
@@ -132,11 +133,10 @@ def sample(args):
         return net(m, t, label)
 
     n, start = args.n or (64 if len(shape) == 3 else 10000), time.time()
-    given = conditional(args, method, process, shape, device)
     # Where something is given, the first prediction is not the data mean; older checkpoints do not know it.
     mean = None if given else config.get("data_mean", 0.0 if len(shape) == 1 else None)
-    options = {**options, "data_mean": mean}
-    x = draw(sampler, process, counted, shape, n, args.nfe, args.seed, args.batch, device, given, **options)
+    options_of_draw = dict(seed=args.seed, batch=args.batch, device=device, conditional=given, data_mean=mean)
+    x = draw(sampler, process, counted, shape, n, args.nfe, **options_of_draw, **options)
     seconds = time.time() - start
     array = train.finish(x, config)
     if not x.isfinite().all() or not np.isfinite(array).all():
@@ -155,7 +155,6 @@ def sample(args):
         raise train.Stopped(stop[0], f"stopped: {wrote}")
     print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")
     nfe = calls // -(-n // args.batch)
-    options.pop("data_mean")
     by = "" if args.inpaint is None or args.rule == "paper" else f" with {args.passes} backward passes each"
     print(f"sampler {name} {options or ''} NFE {nfe}{by} seconds/sample {seconds / n:.5f} on {device}")
     if array.dtype == np.float64:

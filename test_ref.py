@@ -2214,12 +2214,15 @@ def test_a_lost_terminal_and_a_full_disk_for_the_log_end_nothing(folder):
     assert Path("full/ckpt.pt").exists()
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file may grow beyond a few bytes, as on a full disk."""
+    """No file may grow beyond a few bytes, as on a full disk: not the one either that pytest itself may write to."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def refused(script, *argv):
@@ -2230,14 +2233,14 @@ def refused(script, *argv):
     return stop.value.code
 
 
-def test_a_full_disk_keeps_the_old_files_and_leaves_no_others(folder, full_disk):
+def test_a_full_disk_keeps_the_old_files_and_leaves_no_others(folder):
     train.main(["--out", "run", *TOY])
     sample.main("--ckpt run/ckpt.pt --n 2 --nfe 2".split())
     before = snapshot(folder)
-    full_disk()
-    assert "cannot write run/samples.npz" in refused(sample, *"--ckpt run/ckpt.pt --n 2 --nfe 2".split())
-    assert snapshot(folder) == before
-    assert "cannot write run/ckpt.pt" in refused(train, *"--resume --out run --steps 9 --log-every 9".split())
+    with full_disk():
+        assert "cannot write run/samples.npz" in refused(sample, *"--ckpt run/ckpt.pt --n 2 --nfe 2".split())
+        assert snapshot(folder) == before
+        assert "cannot write run/ckpt.pt" in refused(train, *"--resume --out run --steps 9 --log-every 9".split())
     del before[folder / "run/log.txt"]
     assert {k: v for k, v in snapshot(folder).items() if k.name != "log.txt"} == before
     with pytest.raises(KeyboardInterrupt):

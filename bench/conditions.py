@@ -118,8 +118,10 @@ def digits(path, count, strip):
     if strip:
         x = originals[:4].repeat_interleave(6, 0)
         rules = [complete("agm", None, rule, x).unflatten(0, (4, 6)) for rule in list(RULES.values())[:2]]
-        cells = torch.cat([originals[:4, None], (originals * known)[:4, None], *rules], 1).flatten(0, 1)
-        data.write_png(strip, data.image_grid(data.Dataset.to_pixels(cells), columns=14, scale=6))
+        gap = torch.zeros_like(originals[:4, None])
+        cells = torch.cat([originals[:4, None], (originals * known)[:4, None], gap, rules[0], gap, rules[1]], 1)
+        pixels = data.Dataset.to_pixels(cells.flatten(0, 1))
+        data.write_png(strip, data.image_grid(pixels, columns=cells.shape[1], scale=5))
 
 
 TOY = "--n 20 --known 1 --nfe 2 --digits 5".split()

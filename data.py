@@ -163,8 +163,10 @@ class Dataset:
         """The mean of what a network meets: float32 (C, H, W), exact over all training images; 0.0 for points."""
         if not self.is_image:
             return 0.0
-        total = sum(part.sum(0, dtype=torch.int64) for part in parts(self.train))
-        return (total.double() / (127.5 * len(self.train)) - 1).float()
+        total = sum(
+            part.cpu().numpy().sum(0, dtype=np.int64) for part in parts(self.train)
+        )  # torch's is 10 times slower
+        return torch.from_numpy(total / (127.5 * len(self.train)) - 1).float()
 
     @property
     def std(self):

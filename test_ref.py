@@ -1892,22 +1892,23 @@ def test_twenty_strange_pictures(cache, pil, capfd):
         else:
             colour = torch.tensor(expected.get(i, (255, 0, 0)))[:, None, None].expand(3, 8, 8)
             assert worst(image, colour) <= (2 if i in (7, 13) else 0), i
-    for text in ("14 pictures", "4 grey", "1 CMYK", "1 16-bit", "1 animated", "1 turned", "3 palette", "3 transparent"):
+    for text in ("14 pictures", "3 grey", "1 CMYK", "1 16-bit", "1 animated", "1 turned", "3 palette", "3 transparent"):
         assert text in said, text
     assert "2 enlarged" in said and "6 broken and skipped: 15 truncated.jpg (" in said and "19 floats" in said
     assert "20 post" not in said and "hidden" not in said  # five names are enough
 
 
 def lanczos(image, side, size):
-    """The central square of image (H, W), to size x size: each axis is weighted with sinc(t) sinc(t / 3), t in units of
-    what a pixel of the result covers."""
-    for axis, n in enumerate(image.shape):
+    """The central square of image (H, W), to size x size: each axis, the width first, is weighted with sinc(t) sinc(t / 3),
+    t in units of what a pixel of the result covers."""
+    for axis, n in ((1, image.shape[1]), (0, image.shape[0])):
         scale = side / size
         centre = (n - side) / 2 + scale * (np.arange(size) + 0.5)
         t = (np.arange(n) + 0.5 - centre[:, None]) / max(scale, 1)
         weight = np.sinc(t) * np.sinc(t / 3) * (abs(t) < 3)
         image = np.moveaxis(np.tensordot(weight / weight.sum(1, keepdims=True), image, (1, axis)), 0, axis)
-    return image.clip(0, 255)
+        image = image.round().clip(0, 255)
+    return image
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(40, 61, 16), (61, 40, 8), (50, 50, 50), (9, 7, 20)])
@@ -1918,7 +1919,7 @@ def test_pictures_are_cut_and_resized_as_stated(cache, pil, height, width, size)
     dataset = data.load("grey", size=size)
     assert dataset.shape == (1, size, size) and not dataset.flip  # all are grey
     for p, image in zip(pixels, whole(dataset), strict=True):
-        assert worst(lanczos(p.astype(float), min(p.shape), size), image[0]) <= 1.01  # Pillow rounds after each axis
+        assert worst(lanczos(p.astype(float), min(p.shape), size), image[0]) <= 1
     paint(pil, "grey/colour.png", noise(9, height, width, 3))
     images = whole(data.load("grey", size=size))
     assert images.shape == (6, 3, size, size) and same(images[:5, 0], images[:5, 2])
@@ -2108,21 +2109,24 @@ def test_a_resumed_run_on_an_array_in_its_file_is_exact(cache, large, pil, kind,
         paint(pil, f"set/{i:02d}.png", image)
     line = [*TOY, *("--data a.npy" if kind == "npy" else "--data set --size 8").split(), "--flip", "--dropout", "0.1"]
     train.main([*line, "--out", "once"])
-    train.main([*line, "--out", "twice", "--steps", "3"])
-    train.main("--resume --out twice --steps 6".split())
+    save = train.save_checkpoint
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(train, "save_checkpoint", lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGTERM)))
+        train.main([*line, "--out", "twice"])
+    assert train.load_checkpoint("twice/ckpt.pt")["step"] == 3
+    train.main("--resume --out twice".split())
     monkeypatch.setattr(data, "LARGE", 10**9)
     train.main([*line, "--out", "memory"])
-    nets_ = [train.load_checkpoint(f"{out}/ckpt.pt")["net"] for out in ("once", "twice", "memory")]
-    assert all(same(nets_[0][k], other[k]) for k in nets_[0] for other in (nets_[0], nets_[2]))
-    assert all(same(nets_[0][k], nets_[1][k]) for k in nets_[0]) or kind  # see the test of schedules
+    once, *others = (train.load_checkpoint(f"{out}/ckpt.pt")["net"] for out in ("once", "twice", "memory"))
+    assert all(same(once[key], other[key]) for other in others for key in once)
 
 
 def test_three_gigabytes_train_in_less_than_one(cache):
-    n = 250_000
-    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({n}, 64, 64, 3), }}".ljust(117) + "\n"
+    n = 1_000_000
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({n}, 32, 32, 3), }}".ljust(117) + "\n"
     with open("big.npy", "wb") as file:
-        file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.encode() + noise(0, 9, 64, 64, 3).tobytes())
-        file.truncate(128 + n * 12288)  # the rest is a hole, which reads as zeros
+        file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.encode() + noise(0, 9, 32, 32, 3).tobytes())
+        file.truncate(128 + n * 3072)  # the rest is a hole, which reads as zeros
     script = f"""if True:
         import re, sys, threading, time; sys.path.insert(0, {str(HERE)!r}); import torch, train
         most, first = [0], []
@@ -2134,7 +2138,7 @@ def test_three_gigabytes_train_in_less_than_one(cache):
                 time.sleep(0.005)
         threading.Thread(target=watch, daemon=True).start()
         time.sleep(0.1)
-        train.main({[*TOY, *"--data big.npy --out run --steps 2 --mult 1 --attention".split()]!r})
+        train.main({[*TOY, *"--data big.npy --out run --steps 2 --mult 1 1 1 --attention".split()]!r})
         print("MB", most[0] - first[0])"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

@@ -173,7 +173,9 @@ def preset_for(shape):
     """The defaults for data of that shape."""
     side = next(s for s in PRESETS if max(shape[1:], default=0) <= s)
     name = f"images up to {side}x{side}" if 0 < side < math.inf else "larger images" if side else "points"
-    return {**PRESETS[side], "mult": PRESETS[side].get("mult", [])[: levels(shape)], "preset": name}
+    preset = {"mult": [], "attention": [], **PRESETS[side], "preset": name}
+    preset["attention"] = [level for level in preset["attention"] if level < levels(shape)]
+    return {**preset, "mult": preset["mult"][: levels(shape)]}
 
 
 def levels(shape):

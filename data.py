@@ -56,9 +56,10 @@ CIFAR10_TEST = "test_batch.bin"
 IMAGENET64 = [*(f"train_data_batch_{i}.npz" for i in range(1, 11)), "val_data.npz"]
 IMAGENET64_URL = "https://image-net.org/download-images"  # for registered users
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF".split()  # of pictures; Pillow's others could start foreign programs
+ARRAYS = (".npy", ".npz")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 LIMIT = 200 * 10**6  # bytes: no data set that is read compressed or from the internet is larger
-LARGE = 2**30  # bytes: every machine and device that trains a net on so many images has room for them
+LARGE = 2**30  # bytes: a net that is worth so many images needs more, so they fit. What is larger stays where it is
 
 
 class UserError(Exception):
@@ -118,7 +119,7 @@ class Rows:
     """array[rows] of uint8 images (N, H, W, C) that lie in a file, indexed like a tensor (N, C, H, W)."""
 
     def __init__(self, array, rows):
-        self.array, self.rows, self.dtype, self.device = array, torch.from_numpy(rows), torch.uint8, torch.device("cpu")
+        self.array, self.rows, self.dtype, self.device = array, torch.from_numpy(rows), torch.uint8, "cpu"
         self.shape = (len(rows), array.shape[3], *array.shape[1:3])
         self.nbytes = math.prod(self.shape)
 
@@ -163,9 +164,8 @@ class Dataset:
         """The mean of what a network meets: float32 (C, H, W), exact over all training images; 0.0 for points."""
         if not self.is_image:
             return 0.0
-        total = sum(
-            part.cpu().numpy().sum(0, dtype=np.int64) for part in parts(self.train)
-        )  # torch's is 10 times slower
+        # torch's sum over the first axis is ten times slower
+        total = sum(part.cpu().numpy().sum(0, dtype=np.int64) for part in parts(self.train))
         return torch.from_numpy(total / (127.5 * len(self.train)) - 1).float()
 
     @property
@@ -228,7 +228,7 @@ class Dataset:
     def read_ahead(self, n):
         """Lets a thread read what `batch(n)` will ask for, if that is the next to draw. The generator stays as it was:
         no number and no checkpoint depends on this, and a wrong guess costs the reading only."""
-        if self.train.nbytes > LARGE:  # points drawn afresh never are
+        if self.train.nbytes > LARGE:
             with torch.random.fork_rng(devices=[]):
                 index = torch.randint(len(self.train), (n,))
             pin = "cuda" in str(self.device)  # or the copy would wait for the device
@@ -315,40 +315,36 @@ def load(name, data_dir=None, flip=None, size=0):
         dataset = cifar10(data_dir)
     elif name == "imagenet64":
         dataset = imagenet64(data_dir)
-    elif path := picture_path(name, size):
-        dataset = pictures(path, size)
+    elif (path := path_of(name, size)).suffix in ARRAYS:
+        dataset = samples(path, path.stem, *read_array(path))
     else:
-        dataset = samples(array_path(name), Path(name).stem, *read_array(array_path(name)))
+        dataset = pictures(path, size)
     return dataset if flip is None else replace(dataset, flip=flip)
 
 
 def shape_of(name, size=0):
     """Shape of one sample, (C, H, W) or (D,), of the data set or file of that name. For pictures, unread, C is 3."""
-    if picture_path(name, size):
+    path = None if name in SHAPES else path_of(name, size)
+    if path and path.suffix not in ARRAYS:
         return (3, size, size)
     if size:
         raise UserError(f"--size {size} is for a folder or zip of pictures, {name} is neither: leave --size out")
-    if name in SHAPES:
+    if not path:
         return SHAPES[name]
-    _, *size = as_samples(array_path(name), read_array(array_path(name))[0]).shape
+    _, *size = as_samples(path, read_array(path)[0]).shape
     return (size[2], *size[:2]) if len(size) == 3 else tuple(size)
 
 
-def array_path(name):
-    if not name.endswith((".npy", ".npz")):
+def path_of(name, size):
+    """The array file, or the folder or zip of pictures, of that name."""
+    path = Path(name).expanduser()
+    is_array, is_pictures = path.suffix in ARRAYS, path.is_dir() or path.suffix.lower() == ".zip"
+    if not is_array and not is_pictures:
         near = difflib.get_close_matches(name.lower(), NAMES, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         known = f"{', '.join(NAMES)}, an .npy/.npz file, a folder or zip of pictures"
         raise UserError(f"no data set {name!r}{hint}: give one of {known}")
-    return Path(name).expanduser()
-
-
-def picture_path(name, size):
-    """The folder or zip of pictures of that name, or None."""
-    path = Path(name).expanduser()
-    if name in NAMES or not (path.is_dir() or path.suffix.lower() == ".zip"):
-        return None
-    if not size:
+    if not is_array and not size:
         raise UserError(f"{path} is for pictures: add --size, the pixels a side that they are brought to, say 64")
     return path
 
@@ -622,7 +618,7 @@ def pictures(path, size):
     classes = {name: i for i, name in enumerate(sorted({f[0] for f in folders}))} if all(folders) else {}
     notes = [f"classes {', '.join(f'{i} {name}' for name, i in [*classes.items()][:20])}"] * bool(classes)
     notes += [f"{k} {key}" for key, k in state["notes"].items() if key != "grey" or k < n]
-    broken = ", ".join(f"{name} ({text})" for name, text in [*skipped.items()][:5])
+    broken = ", ".join(f"{why(name)} ({text})" for name, text in [*skipped.items()][:5])
     notes += [f"{len(skipped)} broken and skipped: {broken}"] * bool(broken)
     print(f"{path}: {n} pictures {array.shape[1:]}; {'; '.join(notes)}", file=sys.stderr)
     return samples(path, path.stem, array, np.array([classes[f[0]] for f in folders]) if classes else None)

@@ -1899,8 +1899,8 @@ def test_twenty_strange_pictures(cache, pil, capfd):
 
 
 def lanczos(image, side, size):
-    """The central square of image (H, W), to size x size: each axis, the width first, is weighted with sinc(t) sinc(t / 3),
-    t in units of what a pixel of the result covers."""
+    """The central square of image (H, W), to size x size: each axis, the width first, is weighted with
+    sinc(t) sinc(t / 3), t in units of what a pixel of the result covers."""
     for axis, n in ((1, image.shape[1]), (0, image.shape[0])):
         scale = side / size
         centre = (n - side) / 2 + scale * (np.arange(size) + 0.5)
@@ -1998,6 +1998,7 @@ def test_a_conversion_goes_on_where_it_was_killed(cache, pil, monkeypatch):
 def test_one_line_for_every_mistake_with_pictures(cache, pil, monkeypatch):
     paint(pil, "set/a.png", noise(0, 8, 8, 3))
     paint(pil, "set/b.png", noise(1, 8, 8, 3))
+    np.save("a.npy", noise(2, 9, 8, 8))
     Path("empty").mkdir()
     Path("broken").mkdir()
     Path("broken/a.png").write_text("no")
@@ -2011,7 +2012,7 @@ def test_one_line_for_every_mistake_with_pictures(cache, pil, monkeypatch):
         ("--data broken --size 8", "no picture that can be read: a.png: cannot identify"),
         ("--data bad.zip --size 8", "cannot read bad.zip"),
         ("--data none.zip --size 8", "cannot read none.zip .*No such file"),
-        ("--data none --size 8", "--size 8 is for a folder"),
+        ("--data a.npy --size 8", "--size 8 is for a folder"),
         ("--data none", "no data set 'none'.*folder or zip"),
         ("--data imagenet64 --data-dir set", "cannot read set/train_data_batch_1.npz .*image-net.org"),
     ):
@@ -2053,6 +2054,18 @@ def test_imagenet64_is_its_batches_with_labels_from_0(cache):
     ):
         np.savez("in/val_data.npz", **bad)
         fails(match, data.load, "imagenet64", "in")
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, s, s) for s in (8, 28, 32, 64, 256, 500)] + [(1, 300, 3), (1, 3, 40), (1, 1, 64)]
+)
+def test_every_size_of_image_has_a_preset_that_its_net_can_have(shape):
+    preset = train.preset_for(shape)
+    config = {**vars(train.parser(preset).parse_args([])), "shape": shape, "std": 0.5, "bound": 1.0, "width": 8}
+    with torch.device("meta"):
+        net = train.build({**config, "blocks": 1})[2]
+        assert net(torch.zeros(2, *shape), torch.zeros(2)).shape == (2, *shape)
+    assert shape[1:] != (64, 64) or (preset["mult"], preset["attention"]) == ([1, 2, 2, 2], [2])  # 16x16
 
 
 @pytest.fixture
@@ -2110,9 +2123,9 @@ def test_a_resumed_run_on_an_array_in_its_file_is_exact(cache, large, pil, kind,
     line = [*TOY, *("--data a.npy" if kind == "npy" else "--data set --size 8").split(), "--flip", "--dropout", "0.1"]
     train.main([*line, "--out", "once"])
     save = train.save_checkpoint
-    with monkeypatch.context() as m, pytest.raises(SystemExit):
+    with monkeypatch.context() as m:
         m.setattr(train, "save_checkpoint", lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGTERM)))
-        train.main([*line, "--out", "twice"])
+        pytest.raises(SystemExit, train.main, [*line, "--out", "twice"])
     assert train.load_checkpoint("twice/ckpt.pt")["step"] == 3
     train.main("--resume --out twice".split())
     monkeypatch.setattr(data, "LARGE", 10**9)

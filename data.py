@@ -119,9 +119,8 @@ class Rows:
     """array[rows] of uint8 images (N, H, W, C) that lie in a file, indexed like a tensor (N, C, H, W)."""
 
     def __init__(self, array, rows):
-        self.array, self.rows, self.dtype, self.device = array, torch.from_numpy(rows), torch.uint8, "cpu"
+        self.array, self.rows, self.dtype, self.nbytes = array, torch.from_numpy(rows), torch.uint8, array.nbytes
         self.shape = (len(rows), array.shape[3], *array.shape[1:3])
-        self.nbytes = math.prod(self.shape)
 
     def __len__(self):
         return len(self.rows)
@@ -141,7 +140,7 @@ class Dataset:
     flip: bool = False  # mirror half of the training images
     shift: torch.Tensor | float = 0.0  # points as given = shift + scale * points in network units; float64
     scale: float = 1.0  # one number for all axes keeps the shape of the data
-    device: str | torch.device = "cpu"  # of the batches
+    device: torch.device = torch.device("cpu")  # noqa: RUF009, of the batches
     ahead: tuple = ()  # rows that a thread reads, and the promise of their images
     reader = ThreadPoolExecutor(1)
 
@@ -204,7 +203,7 @@ class Dataset:
     def to(self, device):
         """The same with batches on that device; what is LARGE stays, and so does shift, as not all have float64."""
         small = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor) and v.nbytes <= LARGE}
-        return replace(self, **{k: v.to(device) for k, v in small.items() if k != "shift"}, device=device)
+        return replace(self, **{k: v.to(device) for k, v in small.items() if k != "shift"}, device=torch.device(device))
 
     def batch(self, n):
         """x (n, C, H, W) in [-1, 1] or (n, D) of unit scale, float32, and its labels (n,) or None, with replacement.
@@ -212,16 +211,19 @@ class Dataset:
         All randomness is the global CPU generator's, whatever the device: its state is enough to resume exactly.
         """
         if self.draw:
-            return self.draw(n).to(self.device), None
+            return send(self.draw(n), self.device), None
         index = torch.randint(len(self.train), (n,))
-        known, promise = self.ahead or (index[:0], None)
-        x = promise.result() if torch.equal(known, index) else self.train[index.to(self.train.device)]
-        x, index = x.to(self.device, non_blocking=True), index.to(self.device)
-        label = None if self.train_labels is None else self.train_labels[index]
+        there = send(index, self.device)
+        if self.train.nbytes <= LARGE:
+            x = self.train[there]
+        else:
+            known, promise = self.ahead or (index[:0], None)
+            x = send(promise.result() if torch.equal(known, index) else self.train[index], self.device)
+        label = None if self.train_labels is None else self.train_labels[there]
         if not self.is_image:
             return x, label
         if self.flip:
-            mirrored = (torch.rand(n) < 0.5).to(self.device)
+            mirrored = send(torch.rand(n) < 0.5, self.device)
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
         return x / 127.5 - 1, label
 
@@ -231,8 +233,7 @@ class Dataset:
         if self.train.nbytes > LARGE:
             with torch.random.fork_rng(devices=[]):
                 index = torch.randint(len(self.train), (n,))
-            pin = "cuda" in str(self.device)  # or the copy would wait for the device
-            self.ahead = index, self.reader.submit(lambda: self.train[index].pin_memory() if pin else self.train[index])
+            self.ahead = index, self.reader.submit(self.train.__getitem__, index)
 
     @staticmethod
     def to_pixels(x):
@@ -243,6 +244,11 @@ class Dataset:
     def to_points(self, x):
         """Points (B, D) in network units -> numpy (B, D) in the units of the data."""
         return in_units(x, self.shift, self.scale)
+
+
+def send(x, device):
+    """x on that device; to a GPU from pinned memory, or the copy would wait until the GPU has nothing left to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def in_units(x, shift, scale):

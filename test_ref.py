@@ -2125,7 +2125,8 @@ def test_a_resumed_run_on_an_array_in_its_file_is_exact(cache, large, pil, kind,
     save = train.save_checkpoint
     with monkeypatch.context() as m:
         m.setattr(train, "save_checkpoint", lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGTERM)))
-        pytest.raises(SystemExit, train.main, [*line, "--out", "twice"])
+        with pytest.raises(SystemExit):
+            train.main([*line, "--out", "twice"])
     assert train.load_checkpoint("twice/ckpt.pt")["step"] == 3
     train.main("--resume --out twice".split())
     monkeypatch.setattr(data, "LARGE", 10**9)

@@ -64,8 +64,8 @@ PRESETS = {
     # imagenet64, AFHQv2: the same net. Four times the pixels, so half the batch, and attention stays at 16x16. Not run.
     64: dict(steps=400000, batch=64, lr=2e-4, width=128, mult=[1, 2, 2, 2], blocks=3, save_every=5000)
     | dict(attention=[2], dropout=0.1, ema=0.9999),
-    # 256 pixels: DDPM's net for them, of 119M parameters: wide only where images are small, attention at 16x16. The rate
-    # is low, as the batch is small. Not run.
+    # 256 pixels: DDPM's net for them, of 119M parameters: wide only where images are small, attention at 16x16. A low
+    # rate, as the batch is small. Not run.
     math.inf: dict(steps=500000, batch=8, lr=2e-5, width=128, mult=[1, 1, 2, 2, 4, 4], blocks=2, save_every=5000)
     | dict(attention=[4], ema=0.9999),
 }

@@ -622,11 +622,12 @@ def pictures(path, size):
     while all(folders) and len({f[0] for f in folders}) == 1:
         folders = [f[1:] for f in folders]
     classes = {name: i for i, name in enumerate(sorted({f[0] for f in folders}))} if all(folders) else {}
-    notes = [f"classes {', '.join(f'{i} {name}' for name, i in [*classes.items()][:20])}"] * bool(classes)
+    notes = [f"{path}: {n} pictures {array.shape[1:]}"]
+    notes += [f"classes {', '.join(f'{i} {name}' for name, i in [*classes.items()][:20])}"] * bool(classes)
     notes += [f"{k} {key}" for key, k in state["notes"].items() if key != "grey" or k < n]
     broken = ", ".join(f"{why(name)} ({text})" for name, text in [*skipped.items()][:5])
     notes += [f"{len(skipped)} broken and skipped: {broken}"] * bool(broken)
-    print(f"{path}: {n} pictures {array.shape[1:]}; {'; '.join(notes)}", file=sys.stderr)
+    print("; ".join(notes), file=sys.stderr)
     return samples(path, path.stem, array, np.array([classes[f[0]] for f in folders]) if classes else None)
 
 
@@ -669,9 +670,8 @@ def converted(title, source, size, names, read):
                     file.flush()
                     os.fsync(file.fileno())
                     write_files({manifest: json.dumps(state).encode()})
-                    print(f"\r{source}: {i + 1} of {len(names)} files read", end="", file=sys.stderr, flush=True)
-                    due = time.monotonic() + 3
-            print(file=sys.stderr)
+                    print(f"{source}: {i + 1} of {len(names)} files read", file=sys.stderr, flush=True)
+                    due = time.monotonic() + 5
             if not (n := state["rows"]):
                 raise UserError(f"{source} has no picture that can be read: {': '.join(state['skipped'][0])}")
 

@@ -2911,7 +2911,7 @@ def test_a_checkpoint_that_does_not_fit_itself_is_one_line(toy, folder):
 
 WORDS = "-1 1e400 nan inf -inf 1e30 10000000000000000000 x '' \\x00 -- 0x10 [] {} one 2,5 1;2 3e é ../..".split()
 FLAGS = {train: "steps batch lr clip width blocks mult attention order seed save-every log-every warmup ema".split()}
-FLAGS[train] += "dropout device amp param method data flip unknown".split()
+FLAGS[train] += "dropout device amp param method data size flip unknown".split()
 FLAGS[sample] = "nfe n rho t-end multistep eta seed batch order tol sampler device method raw unknown".split()
 FLAGS[sample] += "class guidance share passes noise shrink rule inject mask stroke inpaint".split()
 

@@ -623,7 +623,9 @@ def pictures(path, size):
         folders = [f[1:] for f in folders]
     classes = {name: i for i, name in enumerate(sorted({f[0] for f in folders}))} if all(folders) else {}
     notes = [f"{path}: {n} pictures {array.shape[1:]}"]
-    notes += [f"classes {', '.join(f'{i} {name}' for name, i in [*classes.items()][:20])}"] * bool(classes)
+    notes += [f"{len(classes)} classes: {', '.join(f'{i} {name}' for name, i in [*classes.items()][:20])}"] * bool(
+        classes
+    )
     notes += [f"{k} {key}" for key, k in state["notes"].items() if key != "grey" or k < n]
     broken = ", ".join(f"{why(name)} ({text})" for name, text in [*skipped.items()][:5])
     notes += [f"{len(skipped)} broken and skipped: {broken}"] * bool(broken)

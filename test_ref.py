@@ -1936,7 +1936,7 @@ def test_sub_folders_are_classes_and_a_zip_is_a_folder(cache, pil, capfd):
             file.writestr(f"__MACOSX/of mine/._{name}", b"resource")
         file.writestr("of mine/notes.txt", "text")
     folder, archive = (data.load(name, size=12) for name in ("set", "set.ZIP"))
-    assert same(whole(folder), whole(archive)) and capfd.readouterr().err.count("classes 0 a, 1 b, 2 кот") == 2
+    assert same(whole(folder), whole(archive)) and capfd.readouterr().err.count("3 classes: 0 a, 1 b, 2 кот") == 2
     labels = torch.cat([folder.train_labels, folder.test_labels])
     order = sorted(names)  # the order of the rows
     for image, label in zip(torch.cat([folder.train, folder.test]), labels, strict=True):

@@ -58,8 +58,10 @@ IMAGENET64_URL = "https://image-net.org/download-images"  # for registered users
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF".split()  # of pictures; Pillow's others could start foreign programs
 ARRAYS = (".npy", ".npz")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-LIMIT = 200 * 10**6  # bytes: no data set that is read compressed or from the internet is larger
-LARGE = 2**30  # bytes: a net that is worth so many images needs more, so they fit. What is larger stays where it is
+LIMIT = (
+    200 * 10**6
+)  # bytes: no data set that is read compressed or from the internet is larger, and no picture in a zip
+LARGE = 2**30  # bytes: training takes as much for a net worth so many images. What is larger stays where it is
 
 
 class UserError(Exception):

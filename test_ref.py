@@ -1839,7 +1839,7 @@ def noise(seed, *shape):
 
 
 def whole(dataset):
-    """All images (N, C, H, W) in the order of the files, by `split`'s documented rule alone."""
+    """All images (N, C, H, W) in the order of the files, by the documented rule alone."""
     n = len(dataset.train) + len(dataset.test)
     out, held_out = torch.empty(n, *dataset.shape, dtype=torch.uint8), np.zeros(n, bool)
     held_out[np.random.default_rng(0).permutation(n)[: n // 5]] = True

@@ -61,11 +61,12 @@ PRESETS = {
     # of this size; dropout, as 50,000 images are few for it; the average is over the last 10,000 updates.
     32: dict(steps=200000, batch=128, lr=2e-4, width=128, mult=[1, 2, 2, 2], blocks=3, save_every=5000)
     | dict(attention=[1], dropout=0.1, ema=0.9999),
-    # imagenet64, AFHQv2: the same net. Four times the pixels, so half the batch, and attention stays at 16x16. Not run.
+    # imagenet64, AFHQv2: the same net. Four times the pixels, so half the batch (17 GiB in fp32 by count), and
+    # attention stays at 16x16. Not run: 4.7e18 FLOP.
     64: dict(steps=400000, batch=64, lr=2e-4, width=128, mult=[1, 2, 2, 2], blocks=3, save_every=5000)
     | dict(attention=[2], dropout=0.1, ema=0.9999),
-    # 256 pixels: DDPM's net for them, of 119M parameters: wide only where images are small, attention at 16x16. A low
-    # rate, as the batch is small. Not run.
+    # 256 pixels: DDPM's net for them, 119M parameters, wide only where images are small, attention at 16x16. Eight
+    # images take 19 GiB in fp32 by count; a low rate, as they are few. Not run: 6.0e18 FLOP.
     math.inf: dict(steps=500000, batch=8, lr=2e-5, width=128, mult=[1, 1, 2, 2, 4, 4], blocks=2, save_every=5000)
     | dict(attention=[4], ema=0.9999),
 }

@@ -58,9 +58,7 @@ IMAGENET64_URL = "https://image-net.org/download-images"  # for registered users
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF".split()  # of pictures; Pillow's others could start foreign programs
 ARRAYS = (".npy", ".npz")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-LIMIT = (
-    200 * 10**6
-)  # bytes: no data set that is read compressed or from the internet is larger, and no picture in a zip
+LIMIT = 200 * 10**6  # bytes: no set that is read compressed or from the internet is larger, no picture in a zip
 LARGE = 2**30  # bytes: training takes as much for a net worth so many images. What is larger stays where it is
 
 

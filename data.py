@@ -1,13 +1,16 @@
-"""Data and pictures: name or file -> one tensor in memory -> batches in [-1, 1] -> pixels -> PNG.
+"""Data and pictures: name or file -> one tensor, or rows of a file -> batches in [-1, 1] -> pixels -> PNG.
 
     gmm, spiral, checkerboard, moons   2-D points, drawn afresh for every batch
     digits                             1,797 grey 8x8 images in assets/digits.npz
     fashion                            Fashion-MNIST, 28x28 grey, four IDX gz files
     cifar10                            CIFAR-10, 32x32 colour, the official binary archive
+    imagenet64                         ImageNet, 64x64 colour, the official eleven .npz files
     FILE.npy, FILE.npz                 uint8 images (N, H, W) or (N, H, W, C), or float points (N, D)
+    FOLDER, FILE.zip                   pictures that Pillow reads, each brought to --size; sub-folders are classes
 
 Images stay uint8 and `batch` converts them to [-1, 1]; points are centred and scaled once, in float64, when they are
 read; `to_pixels` and `to_points` convert back. No workers: a batch is one indexing operation on the training device.
+What has more than LARGE bytes stays in the file (.npy) or in memory, and one thread reads the next batch ahead.
 
 digits is the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, UCI Machine
 Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0), taken from scikit-learn's `load_digits`; the
@@ -19,17 +22,24 @@ import gzip
 import hashlib
 import http.client
 import io
+import json
 import math
 import os
+import re
 import secrets
 import struct
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import warnings
+import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,7 +53,13 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170,0
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
 CIFAR10_TEST = "test_batch.bin"
-LIMIT = 200 * 10**6  # bytes: no data set that is read compressed or from the internet is larger
+IMAGENET64 = [*(f"train_data_batch_{i}.npz" for i in range(1, 11)), "val_data.npz"]
+IMAGENET64_URL = "https://image-net.org/download-images"  # for registered users
+FORMATS = "PNG JPEG WEBP GIF BMP TIFF".split()  # of pictures; Pillow's others could start foreign programs
+ARRAYS = (".npy", ".npz")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+LIMIT = 200 * 10**6  # bytes: no set that is read compressed or from the internet is larger, no picture in a zip
+LARGE = 2**30  # bytes: training takes as much for a net worth so many images. What is larger stays where it is
 
 
 class UserError(Exception):
@@ -68,6 +84,16 @@ def lock(file):
     return True
 
 
+def open_part(path):
+    """The file `path`, made where it lacks, to be written in parts by this process alone."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link could make us write anywhere
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "r+b", opener=lambda path, _: os.open(path, flags, 0o666))  # noqa: SIM115, it stays open
+    if not lock(file):
+        raise UserError(f"another process is writing {path}: wait for it, then run again")
+    return file
+
+
 def write_files(files):
     """Write {path: bytes or function(file)}, all or none: under temporary names of their own first, then renamed."""
     temporary, path = {}, None
@@ -89,10 +115,24 @@ def write_files(files):
             Path(name).unlink(missing_ok=True)
 
 
+class Rows:
+    """array[rows] of uint8 images (N, H, W, C) that lie in a file, indexed like a tensor (N, C, H, W)."""
+
+    def __init__(self, array, rows):
+        self.array, self.rows, self.dtype, self.nbytes = array, torch.from_numpy(rows), torch.uint8, array.nbytes
+        self.shape = (len(rows), array.shape[3], *array.shape[1:3])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return torch.from_numpy(self.array[self.rows[index].numpy()]).permute(0, 3, 1, 2).contiguous()
+
+
 @dataclass
 class Dataset:
     name: str
-    train: torch.Tensor  # uint8 (N, C, H, W), or float32 (N, D) in network units
+    train: torch.Tensor | Rows  # uint8 (N, C, H, W), or float32 (N, D) in network units
     test: torch.Tensor  # held out, the same kind; may be empty for small files
     train_labels: torch.Tensor | None = None  # int64 (N,)
     test_labels: torch.Tensor | None = None
@@ -100,6 +140,9 @@ class Dataset:
     flip: bool = False  # mirror half of the training images
     shift: torch.Tensor | float = 0.0  # points as given = shift + scale * points in network units; float64
     scale: float = 1.0  # one number for all axes keeps the shape of the data
+    device: torch.device = torch.device("cpu")  # noqa: RUF009, of the batches
+    ahead: tuple = ()  # rows that a thread reads, and the promise of their images
+    reader = ThreadPoolExecutor(1)
 
     @property
     def shape(self):
@@ -120,8 +163,9 @@ class Dataset:
         """The mean of what a network meets: float32 (C, H, W), exact over all training images; 0.0 for points."""
         if not self.is_image:
             return 0.0
-        total = sum(part.sum(0, dtype=torch.int64) for part in parts(self.train))
-        return (total.double() / (127.5 * len(self.train)) - 1).float()
+        # torch's sum over the first axis is ten times slower
+        total = sum(part.cpu().numpy().sum(0, dtype=np.int64) for part in parts(self.train))
+        return torch.from_numpy(total / (127.5 * len(self.train)) - 1).float()
 
     @property
     def std(self):
@@ -153,31 +197,43 @@ class Dataset:
     def summary(self):
         """What a checkpoint keeps of its data: what sampling needs, and what tells them from other data."""
         units = {"shape": list(self.shape), "shift": torch.as_tensor(self.shift).tolist(), "scale": self.scale}
-        some = self.train[:: max(1, len(self.train) // 10_000)]
-        window = None if self.is_image else extent(self.to_points(some))
+        window = None if self.is_image else extent(self.to_points(self.train[:: max(1, len(self.train) // 10_000)]))
         return {**units, "bound": self.bound, "std": self.std, "data_mean": self.mean, "window": window}
 
     def to(self, device):
-        tensors = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{**tensors, "shift": self.shift})  # which is float64, as not every device can
+        """The same with batches on that device; what is LARGE stays, and so does shift, as not all have float64."""
+        small = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor) and v.nbytes <= LARGE}
+        return replace(self, **{k: v.to(device) for k, v in small.items() if k != "shift"}, device=torch.device(device))
 
     def batch(self, n):
         """x (n, C, H, W) in [-1, 1] or (n, D) of unit scale, float32, and its labels (n,) or None, with replacement.
 
         All randomness is the global CPU generator's, whatever the device: its state is enough to resume exactly.
         """
-        device, label = self.train.device, None
         if self.draw:
-            return self.draw(n).to(device), None
-        index = torch.randint(len(self.train), (n,)).to(device)
-        x = self.train[index]
-        label = None if self.train_labels is None else self.train_labels[index]
+            return send(self.draw(n), self.device), None
+        index = torch.randint(len(self.train), (n,))
+        there = send(index, self.device)
+        if self.train.nbytes <= LARGE:
+            x = self.train[there]
+        else:
+            known, promise = self.ahead or (index[:0], None)
+            x = send(promise.result() if torch.equal(known, index) else self.train[index], self.device)
+        label = None if self.train_labels is None else self.train_labels[there]
         if not self.is_image:
             return x, label
         if self.flip:
-            mirrored = (torch.rand(n) < 0.5).to(device)
+            mirrored = send(torch.rand(n) < 0.5, self.device)
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
         return x / 127.5 - 1, label
+
+    def read_ahead(self, n):
+        """Lets a thread read what `batch(n)` will ask for, if that is the next to draw. The generator stays as it was:
+        no number and no checkpoint depends on this, and a wrong guess costs the reading only."""
+        if self.train.nbytes > LARGE:
+            with torch.random.fork_rng(devices=[]):
+                index = torch.randint(len(self.train), (n,))
+            self.ahead = index, self.reader.submit(self.train.__getitem__, index)
 
     @staticmethod
     def to_pixels(x):
@@ -188,6 +244,11 @@ class Dataset:
     def to_points(self, x):
         """Points (B, D) in network units -> numpy (B, D) in the units of the data."""
         return in_units(x, self.shift, self.scale)
+
+
+def send(x, device):
+    """x on that device; to a GPU from pinned memory, or the copy would wait until the GPU has nothing left to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def in_units(x, shift, scale):
@@ -233,6 +294,7 @@ def moons(n, generator=None):
 
 POINTS = {"gmm": gmm, "spiral": spiral, "checkerboard": checkerboard, "moons": moons}
 SHAPES = {**dict.fromkeys(POINTS, (2,)), "digits": (1, 8, 8), "fashion": (1, 28, 28), "cifar10": (3, 32, 32)}
+SHAPES["imagenet64"] = (3, 64, 64)
 NAMES = list(SHAPES)
 
 
@@ -240,62 +302,73 @@ NAMES = list(SHAPES)
 # Loading
 
 
-def load(name, data_dir=None, flip=None):
-    """Data set `name` of NAMES, or the .npy/.npz file of that path, on the CPU. UserError says what to do otherwise.
+def load(name, data_dir=None, flip=None, size=0):
+    """Data set `name` of NAMES, or of that path: an .npy/.npz file, a folder or zip of pictures; on the CPU. UserError
+    says what to do otherwise.
 
-    data_dir: where fashion and cifar10 live (cifar10: folder or archive). flip: overrides the data set's own choice.
+    data_dir: where fashion, cifar10 (or its archive) and imagenet64 live. flip: overrides the data set's own choice.
+    size: pixels a side of the pictures.
     """
     name = str(name)
     if name in POINTS:
         draw, generator = POINTS[name], torch.Generator().manual_seed(0)
         dataset = Dataset(name, draw(10_000, generator), draw(10_000, generator), draw=draw)
     elif name == "digits":
-        dataset = array_file(DIGITS_FILE, name)
+        dataset = samples(DIGITS_FILE, name, *read_array(DIGITS_FILE), slice(4, None, 5))
     elif name == "fashion":
         dataset = fashion(data_dir)
     elif name == "cifar10":
         dataset = cifar10(data_dir)
+    elif name == "imagenet64":
+        dataset = imagenet64(data_dir)
+    elif (path := path_of(name, size)).suffix in ARRAYS:
+        dataset = samples(path, path.stem, *read_array(path))
     else:
-        dataset = array_file(array_path(name), Path(name).stem)
+        dataset = pictures(path, size)
     return dataset if flip is None else replace(dataset, flip=flip)
 
 
-def shape_of(name):
-    """Shape of one sample, (C, H, W) or (D,), of the data set or the file of that name."""
-    if name in SHAPES:
+def shape_of(name, size=0):
+    """Shape of one sample, (C, H, W) or (D,), of the data set or file of that name. For pictures, unread, C is 3."""
+    path = None if name in SHAPES else path_of(name, size)
+    if path and path.suffix not in ARRAYS:
+        return (3, size, size)
+    if size:
+        raise UserError(f"--size {size} is for a folder or zip of pictures, {name} is neither: leave --size out")
+    if not path:
         return SHAPES[name]
-    _, *size = as_samples(array_path(name), read_array(array_path(name))[0]).shape
+    _, *size = as_samples(path, read_array(path)[0]).shape
     return (size[2], *size[:2]) if len(size) == 3 else tuple(size)
 
 
-def array_path(name):
-    if not name.endswith((".npy", ".npz")):
+def path_of(name, size):
+    """The array file, or the folder or zip of pictures, of that name."""
+    path = Path(name).expanduser()
+    is_array, is_pictures = path.suffix in ARRAYS, path.is_dir() or path.suffix.lower() == ".zip"
+    if not is_array and not is_pictures:
         near = difflib.get_close_matches(name.lower(), NAMES, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"no data set {name!r}{hint}: give one of {', '.join(NAMES)}, or an .npy/.npz file")
-    return Path(name).expanduser()
-
-
-def image_tensor(nhwc):
-    """uint8 numpy (N, H, W, C) -> contiguous uint8 tensor (N, C, H, W)."""
-    return torch.from_numpy(nhwc.transpose(0, 3, 1, 2).copy())
+        known = f"{', '.join(NAMES)}, an .npy/.npz file, a folder or zip of pictures"
+        raise UserError(f"no data set {name!r}{hint}: give one of {known}")
+    if not is_array and not size:
+        raise UserError(f"{path} is for pictures: add --size, the pixels a side that they are brought to, say 64")
+    return path
 
 
 def label_tensor(labels):
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def array_file(path, name):
-    """An .npy or .npz file. A fifth of the samples, drawn at random but always the same, is held out (of the digits
-    every fifth); no flips, as nothing says that a mirror image is data."""
-    array, labels = read_array(path)
+def samples(path, name, array, labels=None, held_out=None):
+    """The arrays of a file as a Dataset. held_out: rows; by default a fifth, drawn at random but always the same. No
+    flips, as nothing says that a mirror image is data."""
     array = as_samples(path, array)
     n, form = len(array), labels is not None and (labels.shape, labels.dtype.kind)
     if form and (form[0] != (n,) or form[1] not in "iu" or not 0 <= labels.min() <= labels.max() < 2**31):
         raise UserError(f"{path} has bad labels: they must be {n} integers >= 0, one for each sample")
-    held_out = np.zeros(n, bool)
-    held_out[np.arange(4, n, 5) if name == "digits" else np.random.default_rng(0).permutation(n)[: n // 5]] = True
-    rows = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
+    trains = np.ones(n, bool)
+    trains[np.random.default_rng(0).permutation(n)[: n // 5] if held_out is None else held_out] = False
+    rows = [np.flatnonzero(trains), np.flatnonzero(~trains)]
     both = [None, None] if labels is None else [label_tensor(labels[r]) for r in rows]
     if array.dtype == np.uint8:
         low, high = int(array.min()), int(array.max())
@@ -303,6 +376,8 @@ def array_file(path, name):
             raise UserError(f"{path} has pixels from {low} to {high}: 255 is white, so multiply masks by 255")
         if high < 64:
             warnings.warn(f"{path}: the largest pixel is {high}, taken as dark, for white is 255", stacklevel=2)
+        if array.nbytes > LARGE:
+            return Dataset(name, *(Rows(array, r) for r in rows), *both)
         images = (gather(array, r, lambda part: part.transpose(0, 3, 1, 2), np.uint8) for r in rows)
         return Dataset(name, *images, *both)
     shift, scale = standard(path, array, rows[0])
@@ -370,10 +445,10 @@ def read_array(path):
     if not path.is_file():
         raise UserError(f"no file {path}: give the path of an existing .npy or .npz file")
     try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return loaded, None
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded, None
+        with loaded:
             names = [key for key in loaded.files if key != "labels"]
             known = {"images", "x"} if "arr_1" in names else {"images", "x", "arr_0"}
             chosen = names if len(names) == 1 else [key for key in names if key in known]
@@ -401,7 +476,7 @@ def fashion(data_dir):
         labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1)
         if len(images) != len(labels):
             raise UserError(f"{folder} has {len(images)} {part} images but {len(labels)} labels: fetch the files again")
-        parts.append((image_tensor(images[..., None]), label_tensor(labels)))
+        parts.append((torch.from_numpy(images[:, None].copy()), label_tensor(labels)))
     (train, train_labels), (test, test_labels) = parts
     return Dataset("fashion", train, test, train_labels, test_labels)
 
@@ -476,6 +551,145 @@ def cifar_records(files, names, where):
     return torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), label_tensor(records[:, 0])
 
 
+def imagenet64(data_dir):
+    """Downsampled ImageNet (Chrabaszcz, Loshchilov & Hutter 2017, arXiv 1707.08819): .npz files of `data`, uint8
+    (N, 12288) in planes R, G, B, and `labels`, 1..1000. Its validation images are held out."""
+    folder = Path(data_dir or cache_dir()).expanduser()
+
+    def read(name, key):
+        try:
+            with np.load(folder / name, allow_pickle=False) as file:
+                return file[key] if key == "data" else file[key].reshape(-1).astype(np.int64) - 1
+        except MemoryError:
+            raise
+        except Exception as error:  # as in read_array
+            raise UserError(f"cannot read {folder / name} ({why(error)}): get it from {IMAGENET64_URL}") from None
+
+    def images(name):
+        array, n = read(name, "data"), len(labels[name])
+        if array.dtype != np.uint8 or array.shape != (n, 12288):
+            raise UserError(f"{folder / name}: data {array.dtype} {array.shape} for {n} labels, get it again")
+        return array.reshape(n, 3, 64, 64).transpose(0, 2, 3, 1), []
+
+    labels = {name: read(name, "labels") for name in IMAGENET64}
+    array, _ = converted("imagenet64", folder, 64, IMAGENET64, images)
+    held_out = slice(-len(labels[IMAGENET64[-1]]), None)
+    return replace(samples(folder, "imagenet64", array, np.concatenate([*labels.values()]), held_out), flip=True)
+
+
+def pictures(path, size):
+    """A folder or zip of pictures: the central square of each, brought to size x size by Lanczos' filter; grey if all
+    are. Sub-folders are classes in the order of their names, if no picture lies outside of them."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise UserError(f"pip install pillow to read the pictures of {path}") from None
+    try:
+        archive = None if path.is_dir() else zipfile.ZipFile(path)
+        walk = () if archive else (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        files = set(archive.namelist() if archive else walk)
+        names = sorted(n for n in files if n.lower().endswith(ENDINGS) and not re.search(r"(^|/)(\.|__MACOSX/)", n))
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(f"cannot read {path} ({why(error)}): give a folder or zip of pictures") from None
+    if not names:
+        raise UserError(f"{path} has no pictures: give a folder or zip with files {' '.join(ENDINGS)}")
+
+    def read(name):
+        if archive and archive.getinfo(name).file_size > LIMIT:
+            raise ValueError(f"unpacks to more than {LIMIT / 1e6:.0f} MB")
+        with warnings.catch_warnings(), archive.open(name) if archive else open(path / name, "rb") as file:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=FORMATS)
+            mode, alpha = image.mode, "A" in image.getbands() or "transparency" in image.info
+            grey, wide, turned = mode in ("1", "L", "LA"), mode[0] == "I", image.getexif().get(0x0112) in range(2, 9)
+            kinds = {"grey": grey or wide, "16-bit": wide, "CMYK": mode == "CMYK", "palette": mode[0] == "P"}
+            kinds |= {"transparent": alpha, "turned by EXIF": turned, "enlarged": min(image.size) < size}
+            kinds["animated"] = getattr(image, "is_animated", False)
+            if mode == "F":
+                raise ValueError("its pixels are floats")
+            image = ImageOps.exif_transpose(image)
+        if wide:
+            image = Image.fromarray(((np.asarray(image).astype(int).clip(0, 65535) + 128) // 257).astype(np.uint8))
+        elif alpha:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        return np.asarray(square)[None], [key for key, value in kinds.items() if value]
+
+    array, state = converted(path.stem, path, size, names, read)
+    skipped, n = dict(state["skipped"]), len(array)
+    folders = [Path(name).parts[:-1] for name in names if name not in skipped]
+    while all(folders) and len({f[0] for f in folders}) == 1:
+        folders = [f[1:] for f in folders]
+    classes = {name: i for i, name in enumerate(sorted({f[0] for f in folders}))} if all(folders) else {}
+    notes = [f"{path}: {n} pictures {array.shape[1:]}"]
+    notes += [f"{len(classes)} classes: {', '.join(f'{i} {name}' for name, i in [*classes.items()][:20])}"] * bool(
+        classes
+    )
+    notes += [f"{k} {key}" for key, k in state["notes"].items() if key != "grey" or k < n]
+    broken = ", ".join(f"{why(name)} ({text})" for name, text in [*skipped.items()][:5])
+    notes += [f"{len(skipped)} broken and skipped: {broken}"] * bool(broken)
+    print("; ".join(notes), file=sys.stderr)
+    return samples(path, path.stem, array, np.array([classes[f[0]] for f in folders]) if classes else None)
+
+
+def converted(title, source, size, names, read):
+    """The images of all files, uint8 (N, size, size, C), memory-mapped, and the manifest: an .npy and a .json in the
+    cache, made once. After a kill a call goes on where the manifest was written last. Needs twice the room for a while.
+
+    read(name) -> uint8 (n, size, size, 3), and kinds of what was converted. What it fails for is skipped; a UserError
+    ends all. C is 1 if all are of the kind "grey".
+    """
+    stats = [os.stat(p) for p in ([source / n for n in names] if source.is_dir() else [source])]
+    tag = hashlib.sha256(f"{source.resolve()} {size}".encode(errors="backslashreplace")).hexdigest()[:8]
+    key = hashlib.sha256(repr([names, [(s.st_size, s.st_mtime_ns) for s in stats]]).encode()).hexdigest()
+    path, row = cache_dir() / f"{title}-{size}-{tag}.npy", 3 * size**2
+    part, manifest, state, due = path.with_suffix(".part"), path.with_suffix(".json"), {}, 0
+    with suppress(OSError, ValueError):
+        state = json.loads(manifest.read_text())
+    if state.get("key") == key and path.is_file():
+        return read_array(path)[0], state
+    try:
+        with open_part(part) as file:
+            if state.get("key") != key or file.seek(0, os.SEEK_END) < row * state["rows"]:
+                path.unlink(missing_ok=True)
+                state = {"source": str(source), "key": key, "done": 0, "rows": 0, "notes": {}, "skipped": []}
+            file.truncate(row * state["rows"])
+            file.seek(0, os.SEEK_END)
+            for i in range(state["done"], len(names)):
+                try:
+                    images, notes = read(names[i])
+                except (UserError, MemoryError):
+                    raise
+                except Exception as error:  # Pillow raises a dozen kinds
+                    state["skipped"].append((names[i], why(error).split(" <")[0]))
+                else:
+                    file.writelines(np.ascontiguousarray(block) for block in parts(images))
+                    state["rows"] += len(images)
+                    state["notes"] = Counter(state["notes"]) + Counter(notes)
+                state["done"] = i + 1
+                if time.monotonic() > due or i + 1 == len(names):
+                    file.flush()
+                    os.fsync(file.fileno())
+                    write_files({manifest: json.dumps(state).encode()})
+                    print(f"{source}: {i + 1} of {len(names)} files read", file=sys.stderr, flush=True)
+                    due = time.monotonic() + 5
+            if not (n := state["rows"]):
+                raise UserError(f"{source} has no picture that can be read: {': '.join(state['skipped'][0])}")
+
+            def write(target):
+                shape = (n, size, size, 1 if state["notes"].get("grey") == n else 3)
+                np.lib.format.write_array_header_1_0(target, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                whole = np.memmap(file, np.uint8, "r", shape=(n, size, size, 3))
+                target.writelines(np.ascontiguousarray(block[..., : shape[3]]) for block in parts(whole))
+
+            write_files({path: write})
+        part.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {part} ({why(error)}): make room, or set XDG_CACHE_HOME elsewhere") from None
+    return read_array(path)[0], state
+
+
 def cache_dir():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phase-ref"
 
@@ -484,12 +698,8 @@ def download(url, md5, target):
     """Fetch url to target through target.part, which a later call resumes; target only ever appears whole."""
     part = target.with_name(target.name + ".part")
     by_hand = f"fetch {url} by hand and give --data-dir"
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link could make us write anywhere
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "r+b", opener=lambda path, _: os.open(path, flags, 0o666)) as file:
-            if not lock(file):
-                raise UserError(f"another process is writing {part}: wait for it, then run again")
+        with open_part(part) as file:
             if target.is_file():  # it has just finished
                 return
             done, total = fetch(url, file)

@@ -382,7 +382,7 @@ def print_nll(args, config, method, process, net, device):
     asked = [flag for flag in ("sampler", *OPTIONS, "class", "stroke", "inpaint") if getattr(args, flag) is not None]
     if asked:
         raise data.UserError(f"--nll follows a flow of its own and draws nothing: leave out --{asked[0]}")
-    dataset = data.load(args.data or config["data"], args.data_dir or config["data_dir"])
+    dataset = data.load(args.data or config["data"], args.data_dir or config["data_dir"], size=config["shape"][-1])
     if list(dataset.shape) != config["shape"]:
         raise data.UserError(f"{dataset.name} has shape {dataset.shape}, the checkpoint {tuple(config['shape'])}")
     held_out = dataset.test[: args.n]

@@ -1460,7 +1460,7 @@ def test_point_files_are_standardised_and_restored(tmp_path, dtype):
         (np.array([[0.0, 1], [np.inf, 2]]), "not finite"),
         (np.array([[0.0, 1], [1e200, 2]]), "too large"),
         (np.ones((9, 2)), "equal points"),
-        (np.array([{"a": 1}, None]), "cannot read.*pickle.*numpy.save"),
+        (np.array([{"a": 1}, None]), "cannot read.*(pickle|objects).*numpy.save"),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -1812,6 +1812,352 @@ def test_cache_folder_that_cannot_be_made(server, tmp_path, monkeypatch):
     fails("download failed.*--data-dir", data.load, "cifar10")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert data.cache_dir() == data.Path.home() / ".cache" / "phase-ref"
+
+
+# -- pictures of any kind, ImageNet, arrays that stay in their file
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache" / "phase-ref"
+
+
+@pytest.fixture
+def pil():
+    return pytest.importorskip("PIL.Image")
+
+
+def paint(pil, path, pixels, mode=None, **keywords):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pil.fromarray(np.asarray(pixels)).convert(mode).save(path, **keywords)
+
+
+def noise(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def whole(dataset):
+    """All images (N, C, H, W) in the order of the files, by the documented rule alone."""
+    n = len(dataset.train) + len(dataset.test)
+    out, held_out = torch.empty(n, *dataset.shape, dtype=torch.uint8), np.zeros(n, bool)
+    held_out[np.random.default_rng(0).permutation(n)[: n // 5]] = True
+    out[~held_out], out[held_out] = dataset.train[:], dataset.test[:]
+    return out
+
+
+def test_twenty_strange_pictures(cache, pil, capfd):
+    """Each picture of one colour or two, so that what must come is known without a library."""
+    folder, flat = Path("strange"), np.ones((20, 30, 1), np.uint8)
+    red, blue = flat * np.uint8([[[255, 0, 0]]]), flat * np.uint8([[[0, 0, 255]]])
+    paint(pil, folder / "01 one pixel.png", red[:1, :1])
+    pil.fromarray(flat * np.uint8([[[0, 255, 255, 51]]]), "CMYK").save(folder / "02 cmyk.tif")
+    pil.fromarray(flat[..., 0] * np.uint16(100 * 257 + 100)).save(folder / "03 sixteen bits.png")
+    pil.fromarray(red).save(folder / "04 animated.gif", save_all=True, append_images=[pil.fromarray(blue)])
+    turn = pil.Exif()
+    turn[0x0112] = 6  # to be seen after a quarter turn clockwise: the left side comes on top
+    paint(pil, folder / "05 turned.jpg", np.concatenate([red[:, :20], blue[:, :20]], 1), quality=95, exif=turn)
+    paint(pil, folder / "06 palette.png", red, "P")
+    pil.fromarray(flat * np.uint8([[[255, 0, 0, 102]]]), "RGBA").save(folder / "07 alpha.png")
+    pil.fromarray(flat * np.uint8([[[40, 0]]]), "LA").save(folder / "08 transparent grey.png")
+    pil.fromarray(flat[..., 0] * 0).convert("P").save(folder / "09 transparent colour.png", transparency=0)
+    paint(
+        pil,
+        folder / "10 wide.png",
+        np.repeat(np.repeat(np.stack([blue[0, 0], red[0, 0], blue[0, 0]]), 500, 0)[None], 4, 0),
+    )
+    paint(pil, folder / "11 bits.png", flat[..., 0] * 255, "1")
+    paint(pil, folder / "12 really a bitmap.png", red, format="BMP")
+    paint(pil, folder / "13 CAPITALS.JPEG", red, quality=95)
+    paint(pil, folder / "14 картинка\n.webp", red, lossless=True)
+    paint(pil, folder / "15 truncated.jpg", noise(0, 99, 99, 3), format="JPEG")
+    (folder / "15 truncated.jpg").write_bytes((folder / "15 truncated.jpg").read_bytes()[:3000])
+    (folder / "16 text.png").write_text("a picture, honestly")
+    (folder / "17 zero bytes.jpg").write_bytes(b"")
+    chunk = b"IHDR" + struct.pack(">2I5B", 50_000, 50_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (folder / "18 bomb.png").write_bytes(bomb + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
+    pil.fromarray(np.float32(flat[..., 0])).save(folder / "19 floats.tif")
+    (folder / "20 postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (folder / "._15 hidden.png").write_bytes(b"")
+    (folder / "read me.txt").write_text("no picture")
+    images = whole(data.load("strange", size=8))
+    said = capfd.readouterr().err
+    assert images.shape == (14, 3, 8, 8)
+    expected = {2: (204, 0, 0), 3: (100,) * 3, 7: (255, 153, 153), 8: (255,) * 3, 9: (255,) * 3, 11: (255,) * 3}
+    for i, image in enumerate(images[:14].int(), 1):
+        if i == 5:
+            assert worst(image[:, :3], torch.tensor([255, 0, 0])[:, None, None].expand(3, 3, 8)) <= 20
+            assert worst(image[:, 5:], torch.tensor([0, 0, 255])[:, None, None].expand(3, 3, 8)) <= 20
+        else:
+            colour = torch.tensor(expected.get(i, (255, 0, 0)))[:, None, None].expand(3, 8, 8)
+            assert worst(image, colour) <= (2 if i in (7, 13) else 0), i
+    for text in ("14 pictures", "3 grey", "1 CMYK", "1 16-bit", "1 animated", "1 turned", "3 palette", "3 transparent"):
+        assert text in said, text
+    assert "2 enlarged" in said and "6 broken and skipped: 15 truncated.jpg (" in said and "19 floats" in said
+    assert "20 post" not in said and "hidden" not in said  # five names are enough
+
+
+def lanczos(image, side, size):
+    """The central square of image (H, W), to size x size: each axis, the width first, is weighted with
+    sinc(t) sinc(t / 3), t in units of what a pixel of the result covers."""
+    for axis, n in ((1, image.shape[1]), (0, image.shape[0])):
+        scale = side / size
+        centre = (n - side) / 2 + scale * (np.arange(size) + 0.5)
+        t = (np.arange(n) + 0.5 - centre[:, None]) / max(scale, 1)
+        weight = np.sinc(t) * np.sinc(t / 3) * (abs(t) < 3)
+        image = np.moveaxis(np.tensordot(weight / weight.sum(1, keepdims=True), image, (1, axis)), 0, axis)
+        image = image.round().clip(0, 255)
+    return image
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(40, 61, 16), (61, 40, 8), (50, 50, 50), (9, 7, 20)])
+def test_pictures_are_cut_and_resized_as_stated(cache, pil, height, width, size):
+    pixels = [noise(i, height, width) for i in range(5)]
+    for i, p in enumerate(pixels):
+        paint(pil, f"grey/{i}.png", p)
+    dataset = data.load("grey", size=size)
+    assert dataset.shape == (1, size, size) and not dataset.flip  # all are grey
+    for p, image in zip(pixels, whole(dataset), strict=True):
+        assert worst(lanczos(p.astype(float), min(p.shape), size), image[0]) <= 1
+    paint(pil, "grey/colour.png", noise(9, height, width, 3))
+    images = whole(data.load("grey", size=size))
+    assert images.shape == (6, 3, size, size) and same(images[:5, 0], images[:5, 2])
+
+
+def test_sub_folders_are_classes_and_a_zip_is_a_folder(cache, pil, capfd):
+    names = ["b/1.png", "b/deep/er/2.png", "кот/3.png", "кот/4.png", "a/5.jpg", "a/6.png"]
+    for i, name in enumerate(names):
+        paint(pil, f"set/of mine/{name}", noise(i, 12, 12, 3))
+    (Path("set/empty")).mkdir()
+    with zipfile.ZipFile("set.ZIP", "w") as file:
+        for name in names:
+            file.write(f"set/of mine/{name}", f"of mine/{name}")
+            file.writestr(f"__MACOSX/of mine/._{name}", b"resource")
+        file.writestr("of mine/notes.txt", "text")
+    folder, archive = (data.load(name, size=12) for name in ("set", "set.ZIP"))
+    assert same(whole(folder), whole(archive)) and capfd.readouterr().err.count("3 classes: 0 a, 1 b, 2 кот") == 2
+    labels = torch.cat([folder.train_labels, folder.test_labels])
+    order = sorted(names)  # the order of the rows
+    for image, label in zip(torch.cat([folder.train, folder.test]), labels, strict=True):
+        i = [torch.equal(image, other) for other in whole(folder)].index(True)
+        assert ["a", "b", "кот"][label] == order[i].split("/")[0]
+    train.main([*TOY, *"--data set.ZIP --size 12 --classes --out run".split()])
+    assert data.shape_of("set", 12) == (3, 12, 12) and train.load_checkpoint("run/ckpt.pt")["config"]["labels"] == 3
+    paint(pil, "set/of mine/beside.png", noise(7, 12, 12))
+    assert data.load("set", size=12).train_labels is None
+
+
+def test_a_set_is_converted_once_and_again_when_it_changes(cache, pil, monkeypatch):
+    for i in range(6):
+        paint(pil, f"set/{i}.png", noise(i, 8, 8, 3))
+    opened, read = [], pil.open
+    monkeypatch.setattr(pil, "open", lambda *a, **k: opened.append(1) or read(*a, **k))
+    first = whole(data.load("set", size=8))
+    assert len(opened) == 6 and same(whole(data.load("./set/", size=8)), first) and len(opened) == 6
+    assert sorted(p.suffix for p in cache.iterdir()) == [".json", ".npy"]
+    assert data.load(next(cache.glob("*.npy"))).shape == (3, 8, 8)  # an array like any other
+    data.load("set", size=4)
+    paint(pil, "set/6.png", noise(6, 8, 8, 3))
+    assert same(whole(data.load("set", size=8))[:6], first) and len(opened) == 6 + 6 + 7
+    os.utime("set/6.png", (1, 1))
+    Path("set/0.png").unlink()
+    assert same(whole(data.load("set", size=8))[:5], first[1:]) and len(opened) == 19 + 6
+    assert len(list(cache.iterdir())) == 4  # what was replaced is gone
+    next(cache.glob("set-8*.json")).write_text("{damaged")
+    assert same(whole(data.load("set", size=8))[:5], first[1:]) and len(opened) == 25 + 6
+
+
+def test_a_conversion_goes_on_where_it_was_killed(cache, pil, monkeypatch):
+    for i in range(20):
+        paint(pil, f"set/{i:02d}.png", noise(i, 9, 9, 3))
+    Path("set/03.png").write_text("broken")
+    script = f"""if True:
+        import itertools, os, sys; sys.path.insert(0, {str(HERE)!r}); import data
+        turns = itertools.count()
+        def monotonic():  # every file is noted in the manifest; the sixth note is the last
+            if (turn := next(turns)) == 12: os.kill(os.getpid(), 9)
+            return 10 * turn
+        data.time.monotonic = monotonic
+        data.load("set", size=8)"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert killed.returncode == -9, killed.stderr
+    assert sorted(p.suffix for p in cache.iterdir()) == [".json", ".part"]
+    opened, read = [], pil.open
+    monkeypatch.setattr(pil, "open", lambda *a, **k: opened.append(1) or read(*a, **k))
+    with next(cache.glob("*.part")).open("ab") as file:
+        file.write(b"half a row")
+    on = whole(data.load("set", size=8))
+    assert 10 < len(opened) < 16 and len(on) == 19
+    monkeypatch.setenv("XDG_CACHE_HOME", "other")
+    assert same(on, whole(data.load("set", size=8)))
+    Path("other/phase-ref").joinpath(next(cache.glob("*.npy")).name).unlink()
+    assert same(on, whole(data.load("set", size=8)))  # the manifest alone is not enough
+
+
+def test_one_line_for_every_mistake_with_pictures(cache, pil, monkeypatch):
+    paint(pil, "set/a.png", noise(0, 8, 8, 3))
+    paint(pil, "set/b.png", noise(1, 8, 8, 3))
+    np.save("a.npy", noise(2, 9, 8, 8))
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/a.png").write_text("no")
+    Path("bad.zip").write_bytes(b"PK no zip")
+    before = snapshot(Path())
+    for line, match in (
+        ("--data set", "add --size"),
+        ("--data digits --size 8", "--size 8 is for a folder or zip of pictures, digits"),
+        ("--data set --size 1025", "--size must be a whole number from 0 to 1024"),
+        ("--data empty --size 8", "empty has no pictures"),
+        ("--data broken --size 8", "no picture that can be read: a.png: cannot identify"),
+        ("--data bad.zip --size 8", "cannot read bad.zip"),
+        ("--data none.zip --size 8", "cannot read none.zip .*No such file"),
+        ("--data a.npy --size 8", "--size 8 is for a folder"),
+        ("--data none", "no data set 'none'.*folder or zip"),
+        ("--data imagenet64 --data-dir set", "cannot read set/train_data_batch_1.npz .*image-net.org"),
+    ):
+        assert re.search(match, refused(train, *line.split(), "--out", "new").splitlines()[-1]), line
+    assert {p: c for p, c in snapshot(Path()).items() if cache not in p.absolute().parents} == before
+    with data.open_part(next(iter({cache / p.name for p in cache.glob("*.part")}))):
+        fails("another process is writing", data.load, "broken", size=8)
+    monkeypatch.setattr(data, "LIMIT", 1000)
+    with zipfile.ZipFile("bomb.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("bomb.png", bytes(10**6))
+        file.write("set/a.png", "a.png")
+    assert len(whole(data.load("bomb.zip", size=8))) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", "set/a.png")
+    fails("cannot write .*make room, or set XDG_CACHE_HOME", data.load, "set", size=8)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    fails("pip install pillow", data.load, "set", size=8)
+
+
+def test_imagenet64_is_its_batches_with_labels_from_0(cache):
+    images, labels = noise(0, 33, 64, 64, 3), np.random.default_rng(1).integers(1, 1001, 33)
+    Path("in").mkdir()
+    for i, name in enumerate(data.IMAGENET64):
+        rows = slice(3 * i, 3 * i + 3)
+        planes = images[rows].transpose(0, 3, 1, 2).reshape(3, -1)
+        np.savez(f"in/{name}", data=planes, labels=labels[rows].tolist(), mean=planes.mean(0))
+    assert data.shape_of("imagenet64") == (3, 64, 64)
+    for _ in range(2):  # converted, and found
+        dataset = data.load("imagenet64", "in")
+        assert same(dataset.train.numpy(), images[:30].transpose(0, 3, 1, 2)) and dataset.flip
+        assert same(dataset.test.numpy(), images[30:].transpose(0, 3, 1, 2))
+        assert same(dataset.train_labels.numpy(), labels[:30] - 1) and same(
+            dataset.test_labels.numpy(), labels[30:] - 1
+        )
+    for bad, match in (
+        (dict(data=planes), "cannot read in/val_data.npz .*labels"),
+        (dict(data=planes[:2], labels=labels[30:]), "for 3 labels"),
+        (dict(data=planes.astype(float), labels=labels[30:]), "float64"),
+        (dict(data=planes, labels=labels[30:] * 0), "bad labels"),
+    ):
+        np.savez("in/val_data.npz", **bad)
+        fails(match, data.load, "imagenet64", "in")
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, s, s) for s in (8, 28, 32, 64, 256, 500)] + [(1, 300, 3), (1, 3, 40), (1, 1, 64)]
+)
+def test_every_size_of_image_has_a_preset_that_its_net_can_have(shape):
+    preset = train.preset_for(shape)
+    config = {**vars(train.parser(preset).parse_args([])), "shape": shape, "std": 0.5, "bound": 1.0, "width": 8}
+    with torch.device("meta"):
+        net = train.build({**config, "blocks": 1})[2]
+        assert net(torch.zeros(2, *shape), torch.zeros(2)).shape == (2, *shape)
+    assert shape[1:] != (64, 64) or (preset["mult"], preset["attention"]) == ([1, 2, 2, 2], [2])  # 16x16
+
+
+@pytest.fixture
+def large(monkeypatch):
+    monkeypatch.setattr(data, "LARGE", 1000)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_an_array_in_its_file_is_the_same_data(cache, large, monkeypatch, order, suffix):
+    images = np.asarray(noise(0, 60, 6, 5, 3), order=order)
+    np.save("a.npy", images) if suffix == ".npy" else np.savez("a.npz", images=images, labels=np.arange(60))
+    there = data.load(f"a{suffix}", flip=True).to("cpu")
+    monkeypatch.setattr(data, "LARGE", 10**6)
+    here = data.load(f"a{suffix}", flip=True)
+    assert isinstance(there.train, data.Rows) and isinstance(here.train, torch.Tensor)
+    assert there.shape == here.shape and same(there.train[:], here.train) and same(there.test[:7], here.test[:7])
+    assert there.std == here.std and same(there.mean, here.mean)
+    monkeypatch.setattr(data, "LARGE", 1000)
+    batches = []
+    for dataset, ahead, extra in ((here, 0, 0), (there, 0, 0), (there, 1, 0), (there, 1, 1), (there, 9, 0)):
+        torch.manual_seed(5)
+        took = []
+        for _ in range(20):
+            x, label = dataset.batch(9)
+            took += [x, torch.zeros(0) if label is None else label]
+            torch.randn(7)
+            if ahead:
+                state = torch.get_rng_state()
+                dataset.read_ahead(9 if ahead == 1 else 4)
+                assert same(torch.get_rng_state(), state)
+        batches.append(took if not extra else batches[0])
+    assert all(same(a, b) for other in batches for a, b in zip(batches[0], other, strict=True))
+
+
+def test_the_thread_reads_what_is_asked_for_next(cache, large, monkeypatch):
+    np.save("a.npy", noise(0, 60, 6, 5, 3))
+    reads, take = [], data.Rows.__getitem__
+    monkeypatch.setattr(
+        data.Rows, "__getitem__", lambda rows, i: reads.append(threading.current_thread().name) or take(rows, i)
+    )
+    train.main([*TOY, *"--data a.npy --out run --log-every 2".split()])
+    batches = [name for name in reads if name != "MainThread"]
+    assert (
+        len(batches) == 6 and len(set(batches)) == 1
+    )  # of six steps the first reads its own; the last guess is unused
+
+
+@pytest.mark.parametrize("kind", ["npy", "pictures"])
+def test_a_resumed_run_on_an_array_in_its_file_is_exact(cache, large, pil, kind, monkeypatch):
+    images = noise(0, 40, 8, 8, 3)
+    np.save("a.npy", images)
+    for i, image in enumerate(images):
+        paint(pil, f"set/{i:02d}.png", image)
+    line = [*TOY, *("--data a.npy" if kind == "npy" else "--data set --size 8").split(), "--flip", "--dropout", "0.1"]
+    train.main([*line, "--out", "once"])
+    save = train.save_checkpoint
+    with monkeypatch.context() as m:
+        m.setattr(train, "save_checkpoint", lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(SystemExit):
+            train.main([*line, "--out", "twice"])
+    assert train.load_checkpoint("twice/ckpt.pt")["step"] == 3
+    train.main("--resume --out twice".split())
+    monkeypatch.setattr(data, "LARGE", 10**9)
+    train.main([*line, "--out", "memory"])
+    once, *others = (train.load_checkpoint(f"{out}/ckpt.pt")["net"] for out in ("once", "twice", "memory"))
+    assert all(same(once[key], other[key]) for other in others for key in once)
+
+
+def test_three_gigabytes_train_in_less_than_one(cache):
+    n = 1_000_000
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({n}, 32, 32, 3), }}".ljust(117) + "\n"
+    with open("big.npy", "wb") as file:
+        file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.encode() + noise(0, 9, 32, 32, 3).tobytes())
+        file.truncate(128 + n * 3072)  # the rest is a hole, which reads as zeros
+    script = f"""if True:
+        import re, sys, threading, time; sys.path.insert(0, {str(HERE)!r}); import torch, train
+        most, first = [0], []
+        def watch():
+            while True:
+                used = int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+                most[0] = max(most[0], used)
+                first.append(used)
+                time.sleep(0.005)
+        threading.Thread(target=watch, daemon=True).start()
+        time.sleep(0.1)
+        train.main({[*TOY, *"--data big.npy --out run --steps 2 --mult 1 1 1 --attention".split()]!r})
+        print("MB", most[0] - first[0])"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 1000, done.stdout
 
 
 # -- pictures
@@ -2566,7 +2912,7 @@ def test_a_checkpoint_that_does_not_fit_itself_is_one_line(toy, folder):
 
 WORDS = "-1 1e400 nan inf -inf 1e30 10000000000000000000 x '' \\x00 -- 0x10 [] {} one 2,5 1;2 3e é ../..".split()
 FLAGS = {train: "steps batch lr clip width blocks mult attention order seed save-every log-every warmup ema".split()}
-FLAGS[train] += "dropout device amp param method data flip unknown".split()
+FLAGS[train] += "dropout device amp param method data size flip unknown".split()
 FLAGS[sample] = "nfe n rho t-end multistep eta seed batch order tol sampler device method raw unknown".split()
 FLAGS[sample] += "class guidance share passes noise shrink rule inject mask stroke inpaint".split()
 

@@ -61,8 +61,14 @@ PRESETS = {
     # of this size; dropout, as 50,000 images are few for it; the average is over the last 10,000 updates.
     32: dict(steps=200000, batch=128, lr=2e-4, width=128, mult=[1, 2, 2, 2], blocks=3, save_every=5000)
     | dict(attention=[1], dropout=0.1, ema=0.9999),
-    # Not run.
-    math.inf: dict(steps=20000, batch=64, lr=5e-4, width=64, mult=[1, 2, 2], blocks=2, save_every=2000),
+    # imagenet64, AFHQv2: the same net. Four times the pixels, so half the batch (17 GiB in fp32 by count), and
+    # attention stays at 16x16. Not run: 4.7e18 FLOP.
+    64: dict(steps=400000, batch=64, lr=2e-4, width=128, mult=[1, 2, 2, 2], blocks=3, save_every=5000)
+    | dict(attention=[2], dropout=0.1, ema=0.9999),
+    # 256 pixels: DDPM's net for them, 119M parameters, wide only where images are small, attention at 16x16. Eight
+    # images take 19 GiB in fp32 by count; a low rate, as they are few. Not run: 6.0e18 FLOP.
+    math.inf: dict(steps=500000, batch=8, lr=2e-5, width=128, mult=[1, 1, 2, 2, 4, 4], blocks=2, save_every=5000)
+    | dict(attention=[4], ema=0.9999),
 }
 
 # Smallest and largest value, which also give the type: for the command lines and for the config of a checkpoint.
@@ -75,6 +81,7 @@ LIMITS = {
     **dict(nfe=(1, 10**5), n=(1, 10**7), rho=(0.01, 100.0), t_end=(0.0, 100.0), multistep=(1, 4), eta=(0.0, 10.0)),
     **dict(share=(0.0, 1.0), shrink=(2, 4096), passes=(1, 100), noise=(0.0, 255.0)),
     **dict(tol=(1e-12, 1.0), shape=(1, 65536), shift=(-1e300, 1e300), scale=(1e-300, 1e300)),
+    "size": (0, 1024),
     **dict.fromkeys(("std", "bound"), (1e-9, 1e9)),
 }
 CHOICES = {
@@ -129,8 +136,9 @@ def parser(preset):
     )
     add = partial(option, p)
     add("--method", "phase stochastic bridge, or high-order Langevin", default="agm")
-    add("--data", f"{', '.join(data.NAMES)}, or an .npy/.npz file", default="digits")
+    add("--data", f"{', '.join(data.NAMES)}, an .npy/.npz file, a folder or zip of pictures", default="digits")
     add("--data-dir", "folder or archive of the data set; default: the cache, after a download")
+    add("--size", "pixels a side that a folder or zip of pictures is brought to", default=0)
     add("--order", "HOLD only: 1 is OU/VP, 2 is CLD, 3 is HOLD", default=3)
     p.add_argument("--sde", action="store_true", help="AGM only: learn the SDE's acceleration, not the ODE's")
     add("--param", "what the net learns: x from y, or F / eps_n", default="denoiser")
@@ -166,7 +174,9 @@ def preset_for(shape):
     """The defaults for data of that shape."""
     side = next(s for s in PRESETS if max(shape[1:], default=0) <= s)
     name = f"images up to {side}x{side}" if 0 < side < math.inf else "larger images" if side else "points"
-    return {**PRESETS[side], "mult": PRESETS[side].get("mult", [])[: levels(shape)], "preset": name}
+    preset = {"mult": [], "attention": [], **PRESETS[side], "preset": name}
+    preset["attention"] = [level for level in preset["attention"] if level < levels(shape)]
+    return {**preset, "mult": preset["mult"][: levels(shape)]}
 
 
 def levels(shape):
@@ -178,7 +188,7 @@ def configure(argv):
     """Command line -> (config, checkpoint or None). A run that goes on keeps the options it was started with."""
     known = read(parser({}), [a for a in argv if a not in ("-h", "--help")])
     if not known.resume:
-        return vars(parser(preset_for(data.shape_of(known.data))).parse_args(argv)), None
+        return vars(parser(preset_for(data.shape_of(known.data, known.size))).parse_args(argv)), None
     path = Path(known.out) / "ckpt.pt" if known.out else newest_checkpoint()
     ckpt = load_checkpoint(path)
     config = vars(parser(ckpt["config"]).parse_args(argv))
@@ -417,7 +427,7 @@ def restore(ckpt, net, ema, optimizer):
 
 def train(config, ckpt=None):
     device = pick_device(config["device"])
-    dataset = data.load(config["data"], config["data_dir"], config["flip"])
+    dataset = data.load(config["data"], config["data_dir"], config["flip"], config["size"])
     found = dataset.summary()
     if config["classes"]:
         found.update(dataset.labels_summary())
@@ -466,6 +476,7 @@ def train(config, ckpt=None):
             label = drop(label, config["labels"]) if config["classes"] else None
             with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"] == "bf16"):
                 loss = method.loss(process, net, x, label)
+            dataset.read_ahead(config["batch"])  # this step has drawn all its numbers
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(params, config["clip"], foreach=fast or None)

@@ -152,14 +152,14 @@ class Dataset:
         """
         device, label = self.train.device, None
         if self.draw:
-            return self.draw(n).to(device), None
-        index = torch.randint(len(self.train), (n,)).to(device)
+            return send(self.draw(n), device), None
+        index = send(torch.randint(len(self.train), (n,)), device)
         x = self.train[index]
         label = None if self.train_labels is None else self.train_labels[index]
         if not self.is_image:
             return x, label
         if self.flip:
-            mirrored = (torch.rand(n) < 0.5).to(device)
+            mirrored = send(torch.rand(n) < 0.5, device)
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
         return x / 127.5 - 1, label
 
@@ -172,6 +172,11 @@ class Dataset:
     def to_points(self, x):
         """Points (B, D) in network units -> numpy (B, D) in the units of the data."""
         return in_units(x, self.shift, self.scale)
+
+
+def send(x, device):
+    """x on that device; to a GPU from pinned memory, or the copy would wait until the GPU has nothing left to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def in_units(x, shift, scale):

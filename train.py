@@ -5,6 +5,7 @@ python train.py --method hold --order 3             the other method
 python train.py --data cifar10                      one GPU
 python train.py --data points.npy --help            the defaults for that data
 python train.py --resume                            resumes the newest run
+torchrun --standalone --nproc_per_node=4 train.py   the same on four GPUs
 """
 
 import signal
@@ -18,17 +19,20 @@ import inspect
 import itertools
 import math
 import os
+import re
 import shlex
 import sys
 import threading
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import agm_ref
 import data
@@ -41,6 +45,10 @@ METHODS = {
     "hold": (hold_ref, lambda c: hold_ref.HOLD(order=c["order"], **common(c))),
 }
 LOSSES = {"agm": "acceleration matching", "hold": "BCSM"}
+
+
+# Number of this process and of all, by torchrun. The others read, train and end as process 0 does, which alone writes.
+RANK, WORLD = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1)
 
 
 def common(c):
@@ -57,8 +65,8 @@ PRESETS = {
     12: dict(steps=1600, batch=128, lr=2e-3, width=32, mult=[1, 2], blocks=2, save_every=400),
     # fashion: 43 epochs; 28 -> 14 -> 7.
     28: dict(steps=20000, batch=128, lr=5e-4, width=64, mult=[1, 2, 2], blocks=2, save_every=2000),
-    # cifar10: 512 epochs of a net of 51M parameters, days on one GPU, not run. The usual rate and attention for a UNet
-    # of this size; dropout, as 50,000 images are few for it; the average is over the last 10,000 updates.
+    # cifar10: 512 epochs of a net of 51M parameters, not run: 1.3e18 FLOP, 9 hours at 40 TFLOP/s. The usual rate and
+    # attention for a UNet of this size; dropout, as 50,000 images are few; the average is over 10,000 updates.
     32: dict(steps=200000, batch=128, lr=2e-4, width=128, mult=[1, 2, 2, 2], blocks=3, save_every=5000)
     | dict(attention=[1], dropout=0.1, ema=0.9999),
     # Not run.
@@ -68,7 +76,9 @@ PRESETS = {
 # Smallest and largest value, which also give the type: for the command lines and for the config of a checkpoint.
 LIMITS = {
     **dict.fromkeys(("steps", "save_every", "log_every"), (1, 10**9)),
-    **dict(batch=(1, 10**6), lr=(1e-9, 1.0), warmup=(0, 10**9), clip=(1e-6, 1e6), ema=(0.0, 0.999999)),
+    **dict(
+        batch=(1, 10**6), accum=(1, 10**6), lr=(1e-9, 1.0), warmup=(0, 10**9), clip=(1e-6, 1e6), ema=(0.0, 0.999999)
+    ),
     **dict(width=(1, 4096), blocks=(1, 100), mult=(1, 64), attention=(0, 15), dropout=(0.0, 0.99)),
     **dict(order=(1, 8), sde=(False, True), seed=(0, 2**32 - 1)),  # HOLD is tested up to order 8
     **dict(nfe=(1, 10**5), n=(1, 10**7), rho=(0.01, 100.0), t_end=(0.0, 100.0), multistep=(1, 4), eta=(0.0, 10.0)),
@@ -126,7 +136,7 @@ def parser(preset):
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    add = partial(option, p)
+    add, flag = partial(option, p), argparse.BooleanOptionalAction
     add("--method", "phase stochastic bridge, or high-order Langevin", default="agm")
     add("--data", f"{', '.join(data.NAMES)}, or an .npy/.npz file", default="digits")
     add("--data-dir", "folder or archive of the data set; default: the cache, after a download")
@@ -134,7 +144,8 @@ def parser(preset):
     p.add_argument("--sde", action="store_true", help="AGM only: learn the SDE's acceleration, not the ODE's")
     add("--param", "what the net learns: x from y, or F / eps_n", default="denoiser")
     add("--steps", "updates; a resumed run that gets more of them follows the cosine of the new number")
-    add("--batch", "images or points an update")
+    add("--batch", "images or points an update, of all processes together")
+    add("--accum", "parts of a batch, one after the other: less memory, the same update", default=1)
     add("--lr", "peak learning rate of AdamW; cosine decay to 0")
     add("--warmup", "updates of linear warm-up", default=100)
     add("--clip", "largest gradient norm", default=1.0)
@@ -144,8 +155,9 @@ def parser(preset):
     add("--mult", "UNet: width of each level, in units of --width", nargs="+", default=[])
     add("--attention", "UNet: levels with attention, 0 is full size", nargs="*", default=[])
     add("--dropout", "UNet: dropout rate", default=0.0)
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="random mirror images; default: the data's")
+    p.add_argument("--flip", action=flag, help="random mirror images; default: the data's")
     add("--amp", "bf16: autocast the net to bfloat16", default="off")
+    p.add_argument("--compile", action=flag, default=False, help="compile the net: faster steps after some minutes")
     add("--seed", "of the weights, the data order and the noise", default=0)
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
     add("--out", "folder of the run; default: runs/METHOD-DATA, numbered when taken")
@@ -157,7 +169,8 @@ def parser(preset):
     return p
 
 
-MAY_CHANGE = ("steps", "data", "data_dir", "device", "out", "save_every", "log_every", "resume")  # when a run goes on
+# When a run goes on:
+MAY_CHANGE = "steps data data_dir device out save_every log_every resume accum compile".split()
 
 
 def preset_for(shape):
@@ -262,8 +275,16 @@ def newest_checkpoint():
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:
+        if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+            raise data.UserError(f"{torch.cuda.device_count()} GPUs are too few: lower --nproc_per_node")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
     try:
         if torch.zeros(1, device=name).device.type in ("cpu", "cuda", "mps"):
+            if name.startswith("cuda"):
+                torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
+                torch.backends.cudnn.benchmark = True
             return torch.device(name)
         text = "want cpu, cuda or mps"
     except (RuntimeError, AssertionError, ImportError) as e:
@@ -271,13 +292,10 @@ def pick_device(name):
     raise data.UserError(f"cannot use --device {name}: {text}")
 
 
-def layout(device, amp):
-    """The faster memory format for convolutions; on a CPU in bf16, channels last took 1.5 times as long."""
-    return torch.contiguous_format if amp and device.type == "cpu" else torch.channels_last
-
-
 def claim(config, goes_on):
     """The run's folder and its open log: this run's alone, by a lock on the log that ends with the process."""
+    if RANK:
+        return Path(os.devnull), open(os.devnull, "wb")
     base = f"runs/{config['method']}-{Path(config['data']).stem}"
     names = [config["out"]] if config["out"] else (f"{base}-{i}" if i > 1 else base for i in itertools.count(1))
     for out in map(Path, names):
@@ -343,7 +361,7 @@ def finish(x, config):
 
 def draw_picture(path, config, method, process, net, device):
     """What sample.py draws with no options; images in no larger batches than those of the training, which fit."""
-    n, batch = (64, config["batch"]) if len(config["shape"]) == 3 else (10_000, 10_000)
+    n, batch = (64, config["batch"] // config["accum"] // WORLD) if len(config["shape"]) == 3 else (10_000, 10_000)
     sampler, mean = next(iter(method.SAMPLERS.values())), config["data_mean"]
     x = draw(sampler, process, net, config["shape"], n, 20, batch=batch, device=device, data_mean=mean)
     data.write_files({path: data.png(data.picture(finish(x, config), config["window"]))})
@@ -395,7 +413,10 @@ def restore(ckpt, net, ema, optimizer):
 
 
 def train(config, ckpt=None):
-    device = pick_device(config["device"])
+    device, (part, rest) = pick_device(config["device"]), divmod(config["batch"], config["accum"] * WORLD)
+    if rest or not part:
+        parts = f"{config['accum']} parts (--accum) in {WORLD} processes"
+        raise data.UserError(f"--batch {config['batch']} does not divide into {parts}: choose a multiple")
     dataset = data.load(config["data"], config["data_dir"], config["flip"])
     found = dataset.summary()
     if ckpt:
@@ -405,7 +426,8 @@ def train(config, ckpt=None):
 
     torch.manual_seed(config["seed"])
     method, process, net = build(config)
-    net = net.to(device, memory_format=layout(device, config["amp"] == "bf16"))
+    net = net.to(device)
+    served = torch.compile(net) if config["compile"] else net  # shares its weights
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     params, averages, fast = list(net.parameters()), list(ema.parameters()), device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(params, lr=config["lr"], weight_decay=0.01, fused=fast)
@@ -413,14 +435,17 @@ def train(config, ckpt=None):
         restore(ckpt, net, ema, optimizer)
     start, steps, save_every = ckpt["step"] if ckpt else 0, config["steps"], config["save_every"]
     out, log = claim(config, bool(ckpt))
+    if WORLD > 1:
+        RANK or dist.init_process_group()  # the others wait for it in main, until all is checked
+        served = DistributedDataParallel(served)
     config["out"], again, stop = str(out), f"python train.py --resume --out {shlex.quote(str(out))}", []
 
     def picture(step):
-        if step % save_every == 0 or step in (steps, max(steps // 10, 1)):
+        if RANK == 0 and (step % save_every == 0 or step in (steps, max(steps // 10, 1))):
             draw_picture(out / f"step-{step:07d}.png", config, method, process, ema, device)
 
     def signalled(number, _):  # the first lets the step and its save end
-        if stop:
+        if stop and WORLD == 1:  # torchrun repeats what the terminal has already sent
             raise Stopped(number, f"stopped at once; {again} goes on from the last save, if there was one")
         stop.append(number)
 
@@ -429,7 +454,10 @@ def train(config, ckpt=None):
         what += " with a preconditioned network and EDM's weight in t (a denoiser)"
     say(log, f"{process} on {config['data']}; defaults for {config.get('preset', 'it')}; the loss is {what}")
     size = f"{type(net).__name__} with {sum(p.numel() for p in params) / 1e6:.2f}M parameters"
-    say(log, f"{len(dataset.train)} samples {dataset.shape}, {size}, {device}, {out}, steps {start}-{steps}")
+    say(
+        log,
+        f"{len(dataset.train)} samples {dataset.shape}, {size}, {WORLD} x {device.type}, {out}, steps {start}-{steps}",
+    )
     if start >= steps:
         say(log, f"nothing to do: the run already has {start} steps; more with --steps")
     if ckpt and not (out / f"step-{start:07d}.png").exists():  # the run was killed before it was drawn
@@ -437,21 +465,30 @@ def train(config, ckpt=None):
     since, began, seen = start, time.time(), torch.zeros(2, device=device)
     with log, signals(signalled):
         for done in range(start + 1, steps + 1):
+            if WORLD > 1:  # draws that differ between the processes and are the same after --resume
+                torch.manual_seed(((config["seed"] * 1_000_003 + done) * 1009 + RANK) % 2**32)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done - 1, config)
-            x, _ = dataset.batch(config["batch"])
-            with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"] == "bf16"):
-                loss = method.loss(process, net, x)
             optimizer.zero_grad()
-            loss.backward()
+            for _ in range(config["accum"]):
+                x, _ = dataset.batch(part)
+                with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"] == "bf16"):
+                    loss = method.loss(process, served, x) / config["accum"]
+                loss.backward()
+                seen[0] += loss.detach()  # on the device: to read it would wait for each step
             norm = torch.nn.utils.clip_grad_norm_(params, config["clip"], foreach=fast or None)
             optimizer.step()
             update_ema(averages, params, done - 1, config["ema"])
-            seen += torch.stack([loss.detach().float(), norm])  # on the device: to read each would wait for each step
+            seen[1] += norm
 
-            saves = done % save_every == 0 or done == steps or bool(stop)
+            halt = torch.tensor(max(stop, default=0))
+            if WORLD > 1:  # a signal to one ends all after the same step
+                dist.all_reduce(halt, dist.ReduceOp.MAX)
+            saves = done % save_every == 0 or done == steps or bool(halt)
             if saves or done % config["log_every"] == 0:
-                mean, norm = (seen / (done - since)).tolist()
+                if WORLD > 1:
+                    dist.all_reduce(seen)
+                mean, norm = (seen / (done - since) / WORLD).tolist()
                 if not math.isfinite(mean + norm):
                     drawn = f"all t of {process}" if config["param"] == "paper" else "ln sigma ~ N(-1.2, 1.2^2)"
                     where = f"loss {mean:g} and gradient norm {norm:g} in steps {since + 1}-{done}, {drawn}"
@@ -460,23 +497,23 @@ def train(config, ckpt=None):
                 speed = (done - since) / (time.time() - began)
                 say(
                     log,
-                    f"step {done} loss {mean:.5f} grad {norm:.3f} it/s {speed:.2f} images/s {speed * len(x):.0f} "
-                    f"minutes left {(steps - done) / speed / 60:.1f}",
+                    f"step {done} loss {mean:.5f} grad {norm:.3f} it/s {speed:.2f} "
+                    f"images/s {speed * config['batch']:.0f} minutes left {(steps - done) / speed / 60:.1f}",
                 )
                 since, seen = done, torch.zeros(2, device=device)
-            if saves:
+            if saves and RANK == 0:
                 save_checkpoint(out / "ckpt.pt", config, net, ema, optimizer, done)
             picture(done)
             began = time.time() if since == done else began  # speed without pictures
-            if saves and stop and done < steps:
-                raise Stopped(stop[0], f"stopped at step {done}, which is saved; {again} goes on")
+            if halt and done < steps:
+                raise Stopped(int(halt), f"stopped at step {done}, which is saved; {again} goes on")
         say(log, f"done: {out / 'ckpt.pt'} and the pictures beside it; next: python sample.py --ckpt {out / 'ckpt.pt'}")
 
 
 def say(log, line):
     """A line to the terminal and to the run's log; where one is lost or full, the other goes on."""
     with suppress(OSError, ValueError):
-        print(line, flush=True)
+        RANK or print(line, flush=True)
     with suppress(OSError):
         log.write(f"{line}\n".encode(errors="backslashreplace"))
 
@@ -509,14 +546,16 @@ def run(body):
         with suppress(AttributeError):  # what the terminal's encoding lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
     try:
-        with signals(stopped):
+        with nullcontext() if RANK else signals(stopped):  # the others may be killed while they wait for process 0
             body()
     except (data.UserError, ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as e:
+        if (RANK and isinstance(e, data.UserError)) or (WORLD > 1 and re.search("by peer|remote process", str(e))):
+            sys.exit(1)  # another process makes the same mistake, or is gone: it says why
         lacks = isinstance(e, MemoryError) or "memory" in str(e)
         sys.exit(f"error: {'out of memory, lower --batch, --width or --n: ' if lacks else ''}{data.why(e)}")
     except Stopped as e:
         with suppress(OSError, ValueError):
-            print(e.args[1], file=sys.stderr, flush=True)
+            RANK or print(e.args[1], file=sys.stderr, flush=True)
         sys.exit(128 + e.args[0])
     finally:
         try:
@@ -527,7 +566,15 @@ def run(body):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    run(lambda: train(*configure(argv)))
+
+    def body():
+        if RANK:
+            dist.init_process_group()
+        train(*configure(argv))
+        if WORLD > 1:
+            dist.destroy_process_group()
+
+    run(body)
 
 
 if __name__ == "__main__":

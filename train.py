@@ -276,9 +276,10 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and WORLD > 1:
-        if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-            raise data.UserError(f"{torch.cuda.device_count()} GPUs are too few: lower --nproc_per_node")
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        if torch.cuda.device_count() < WORLD:
+            few = f"{WORLD} processes want a GPU each, here are {torch.cuda.device_count()}"
+            raise data.UserError(f"{few}: lower --nproc_per_node")
+        name = f"cuda:{RANK}"
         torch.cuda.set_device(name)
     try:
         if torch.zeros(1, device=name).device.type in ("cpu", "cuda", "mps"):

@@ -53,7 +53,7 @@ def quiet():
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def agreement(device, nfe=10):
+def agreement(device, options, nfe):
     """{model: {sampler: largest difference between the CPU's and the device's samples}}, of either kind of network with
     random weights in float32, from the same noise."""
     precision(tf32=False)
@@ -61,7 +61,7 @@ def agreement(device, nfe=10):
     for model, (method, order) in MODELS.items():
         for param in ("denoiser", "paper"):
             torch.manual_seed(0)
-            _, process, net, shape = build(method, order, "digits", "--param", param)
+            _, process, net, shape = build(method, order, "digits", "--param", param, *options)
             for p in net.parameters():
                 p.data += 0.05 * torch.randn_like(p)
             both = {"cpu": net.eval(), device: copy.deepcopy(net).to(device)}
@@ -71,9 +71,9 @@ def agreement(device, nfe=10):
     return found
 
 
-def resume(device, deterministic):
+def resume(device, options, deterministic):
     """The largest difference between the weights of a run and of one that was stopped and resumed."""
-    options = f"--steps 40 --save-every 20 --log-every 20 --dropout 0.1 --device {device}".split()
+    options = [*f"--steps 40 --save-every 20 --log-every 20 --dropout 0.1 --device {device}".split(), *options]
     take, calls = data.Dataset.batch, 0
 
     def batch(dataset, n):
@@ -215,21 +215,21 @@ def main(argv=None):
     card = f"CPU, {os.cpu_count()} cores" if device == "cpu" else torch.cuda.get_device_name(device)
     print(f"{card}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}{', toy sizes' if toy else ''}\n")
 
-    found = agreement(device, 2 if toy else 10)
+    small = "--width 8 --blocks 1 --batch 4".split() if toy else []
+    found = agreement(device, small, 2 if toy else 10)
     names = list(dict.fromkeys(name for samplers in found.values() for name in samplers))
     rows = ((m, [f"{s[n]:.0e}" if n in s else "" for n in names]) for m, s in found.items())
     table("largest difference to the CPU's samples, float32", names, rows)
     wrong = [f"{m} {n}" for m, samplers in found.items() for n, v in samplers.items() if not v < TOLERANCE]
-    exact, usual = (resume(device, deterministic) for deterministic in (True, False))
+    exact, usual = (resume(device, small, deterministic) for deterministic in (True, False))
     print("Resumed against uninterrupted run, largest difference of a weight (0: bit for bit):")
     print(f"{exact:.0e} with deterministic algorithms, {usual:.0e} without\n")
 
-    small = "--width 8 --blocks 1 --batch 4".split() if toy else []
     most, limit = (2, 1.0) if toy else (100, 12.0)
     with tempfile.TemporaryDirectory() as folder:
         name = f"{folder}/random.npy"  # which costs what CIFAR-10 does
         np.save(name, torch.randint(256, (512, 32, 32, 3), dtype=torch.uint8).numpy())
-        modes = [m for m in MODES if not (toy and "compiled" in m)]
+        modes = ["bf16"] if toy else list(MODES)
         columns = "train.py, images/s", "bare step, images/s", "ratio", "peak, GiB", "waits a step"
         rows, speeds = [], {}
         for mode in modes:
@@ -247,13 +247,12 @@ def main(argv=None):
         cases = {"64 digits": ("digits", 64), "256 points": ("spiral", 256)}
         cases = {"4 digits": ("digits", 4)} if toy else {**cases, "64 of 32x32": (name, 64)}
         nfe, repeats = (2, 1) if toy else (20, 5)
-        for model, v in MODELS.items():
+        for model, v in list(MODELS.items())[: 1 if toy else None]:
             found = train.METHODS[v[0]][0].SAMPLERS
             rows = ((k, [sampling(*v, f, *c, nfe, repeats, device) for c in cases.values()]) for k, f in found.items())
             table(f"sampling over network calls, {model}", cases, rows)
 
-    modes = [m for m in ("fp32", "TF32", "bf16") if device != "cpu" or m != "TF32"]
-    sizes = (32, 2, 1) if toy else (128, args.batch, 20)
+    modes, sizes = (["fp32"], (32, 2, 1)) if toy else (["fp32", "TF32", "bf16"], (128, args.batch, 20))
     table("UNet at 32x32", ["M parameters", *(f"{m}, images/s" for m in modes)], unets(device, modes, *sizes))
 
     name, options = args.data, ["--data-dir", args.data_dir] if args.data_dir else []

@@ -3105,8 +3105,8 @@ def test_norm_is_computed_in_float32_under_autocast():
 @pytest.mark.parametrize(
     ("script", "options", "words"),
     [
-        (train, [*TOY, "--accum", "3"], "--batch 16 does not divide into 3 parts (--accum) in 1 processes"),
-        (train, [*TOY, "--accum", "32"], "choose a multiple"),
+        (train, [*TOY, "--accum", "3"], "--batch 16 must be a multiple of 3"),
+        (train, [*TOY, "--accum", "32"], "must be a multiple of 32"),
         (sample, ["--ckpt", "{toy}/hold/ckpt.pt", "--nll", "--amp", "bf16"], "leave out --amp and --compile"),
         (sample, ["--ckpt", "{toy}/hold/ckpt.pt", "--nll", "--compile"], "leave out --amp and --compile"),
         (sample, ["--ckpt", "{toy}/hold/ckpt.pt", "--amp", "fp16"], "--amp must be one of off, bf16"),
@@ -3119,4 +3119,4 @@ def test_wrong_use_of_a_large_machine_is_one_line(toy, folder, script, options, 
 def test_too_few_gpus_are_one_line(folder, monkeypatch):
     monkeypatch.setattr(train, "WORLD", 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert "2 processes want a GPU each" in refused(train, *TOY[:-1], "cuda")
+    assert "lower --nproc_per_node to 1" in refused(train, *TOY[:-1], "cuda")

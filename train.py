@@ -19,7 +19,6 @@ import inspect
 import itertools
 import math
 import os
-import re
 import shlex
 import sys
 import threading
@@ -170,8 +169,7 @@ def parser(preset):
     return p
 
 
-# When a run goes on:
-MAY_CHANGE = "steps data data_dir device out save_every log_every resume accum compile".split()
+MAY_CHANGE = "steps data data_dir device out save_every log_every resume accum compile".split()  # when a run goes on
 
 
 def preset_for(shape):
@@ -284,16 +282,16 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and WORLD > 1:
-        if torch.cuda.device_count() < WORLD:
-            few = f"{WORLD} processes want a GPU each, here are {torch.cuda.device_count()}"
-            raise data.UserError(f"{few}: lower --nproc_per_node")
+        if 0 < torch.cuda.device_count() < WORLD:
+            raise data.UserError(f"one GPU for each process: lower --nproc_per_node to {torch.cuda.device_count()}")
         name = f"cuda:{RANK}"
-        torch.cuda.set_device(name)
     try:
-        if torch.zeros(1, device=name).device.type in ("cpu", "cuda", "mps"):
-            if name.startswith("cuda"):
-                torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
-                torch.backends.cudnn.benchmark = True
+        device = torch.zeros(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
+            torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+        if device.type in ("cpu", "cuda", "mps"):
             return torch.device(name)
         text = "want cpu, cuda or mps"
     except (RuntimeError, AssertionError, ImportError) as e:
@@ -424,6 +422,11 @@ def restore(ckpt, net, ema, optimizer):
         for p, state in optimizer.state.items():
             if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
                 raise ValueError("optimizer of another net")
+            for key in (
+                "exp_avg",
+                "exp_avg_sq",
+            ):  # older runs had another layout, which the fused AdamW does not notice
+                state[key] = state[key].contiguous()
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if torch.cuda.is_available() and ckpt["rng"]["cuda"]:
             torch.cuda.set_rng_state_all(ckpt["rng"]["cuda"])
@@ -435,9 +438,9 @@ def restore(ckpt, net, ema, optimizer):
 
 def train(config, ckpt=None):
     device, (part, rest) = pick_device(config["device"]), divmod(config["batch"], config["accum"] * WORLD)
-    if rest or not part:
-        parts = f"{config['accum']} parts (--accum) in {WORLD} processes"
-        raise data.UserError(f"--batch {config['batch']} does not divide into {parts}: choose a multiple")
+    if rest:
+        unit = config["accum"] * WORLD
+        raise data.UserError(f"--batch {config['batch']} must be a multiple of {unit}: --accum times {WORLD} processes")
     dataset = data.load(config["data"], config["data_dir"], config["flip"])
     found = dataset.summary()
     if config["classes"]:
@@ -571,8 +574,9 @@ def run(body):
         with nullcontext() if RANK else signals(stopped):  # the others may be killed while they wait for process 0
             body()
     except (data.UserError, ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as e:
-        if (RANK and isinstance(e, data.UserError)) or (WORLD > 1 and re.search("by peer|remote process", str(e))):
-            sys.exit(1)  # another process makes the same mistake, or is gone: it says why
+        gone = WORLD > 1 and any(words in str(e) for words in ("by peer", "remote process"))
+        if gone or (RANK and isinstance(e, data.UserError)):
+            sys.exit(1)  # another process is gone, or makes the same mistake: it says why
         lacks = isinstance(e, MemoryError) or "memory" in str(e)
         sys.exit(f"error: {'out of memory, lower --batch, --width or --n: ' if lacks else ''}{data.why(e)}")
     except Stopped as e:

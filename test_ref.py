@@ -3120,3 +3120,18 @@ def test_too_few_gpus_are_one_line(folder, monkeypatch):
     monkeypatch.setattr(train, "WORLD", 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "lower --nproc_per_node to 1" in refused(train, *TOY[:-1], "cuda")
+
+
+def test_moments_of_a_former_layout_are_read_as_they_were_meant(toy, folder):
+    """They follow their weights, not the order in memory."""
+
+    def turn(ckpt):
+        for state in ckpt["optimizer"]["state"].values():
+            state |= {k: v.to(memory_format=torch.channels_last) for k, v in state.items() if v.ndim == 4}
+
+    for run, change in (("same", dict), ("turned", turn)):
+        Path(run).mkdir()
+        broken(toy / "denoiser/ckpt.pt", change, f"{run}/ckpt.pt")
+        train.main(["--resume", "--out", run, "--steps", "8"])
+    a, b = (torch.load(f"{run}/ckpt.pt", weights_only=True)["net"] for run in ("same", "turned"))
+    assert all((a[k] == b[k]).all() for k in a)

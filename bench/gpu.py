@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import io
+import math
 import os
 import signal
 import sys
@@ -72,7 +73,8 @@ def agreement(device, options, nfe):
 
 
 def resume(device, options, deterministic):
-    """The largest difference between the weights of a run and of one that was stopped and resumed."""
+    """The largest difference between the weights of a run and of one that was stopped and resumed; infinite if one of
+    them failed, as where an operation has no deterministic form."""
     options = [*f"--steps 40 --save-every 20 --log-every 20 --dropout 0.1 --device {device}".split(), *options]
     take, calls = data.Dataset.batch, 0
 
@@ -84,16 +86,21 @@ def resume(device, options, deterministic):
         return take(dataset, n)
 
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or cuBLAS may add in another order
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    with tempfile.TemporaryDirectory() as folder, quiet(), warnings.catch_warnings(action="ignore"):
-        train.main([*options, "--out", f"{folder}/whole"])
-        hook = mock.patch.object(data.Dataset, "batch", batch)
-        with hook, contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-            train.main([*options, "--out", f"{folder}/cut"])
-        train.main(["--resume", "--out", f"{folder}/cut"])
-        a, b = (train.load_checkpoint(f"{folder}/{run}/ckpt.pt")["net"] for run in ("whole", "cut"))
-    torch.use_deterministic_algorithms(False)
-    return max(float((a[k] - b[k]).abs().max()) for k in a)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            train.main([*options, "--out", f"{folder}/whole"])
+            hook = mock.patch.object(data.Dataset, "batch", batch)
+            with hook, contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+                train.main([*options, "--out", f"{folder}/cut"])
+            train.main(["--resume", "--out", f"{folder}/cut"])
+            a, b = (train.load_checkpoint(f"{folder}/{run}/ckpt.pt")["net"] for run in ("whole", "cut"))
+        return max(float((a[k] - b[k]).abs().max()) for k in a)
+    except SystemExit as e:
+        print(e.code)
+        return math.inf
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def training(name, device, mode, options, most, limit):
@@ -216,6 +223,7 @@ def main(argv=None):
     print(f"{card}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}{', toy sizes' if toy else ''}\n")
 
     small = "--width 8 --blocks 1 --batch 4".split() if toy else []
+    preset = small or ["--batch", str(args.batch)]
     found = agreement(device, small, 2 if toy else 10)
     names = list(dict.fromkeys(name for samplers in found.values() for name in samplers))
     rows = ((m, [f"{s[n]:.0e}" if n in s else "" for n in names]) for m, s in found.items())
@@ -231,18 +239,15 @@ def main(argv=None):
         np.save(name, torch.randint(256, (512, 32, 32, 3), dtype=torch.uint8).numpy())
         modes = ["bf16"] if toy else list(MODES)
         columns = "train.py, images/s", "bare step, images/s", "ratio", "peak, GiB", "waits a step"
-        rows, speeds = [], {}
-        for mode in modes:
-            options = small or ["--batch", str(args.batch)]
+        speeds = {}
+
+        def row(name, mode, options):
             ours, bare, peak, waits = training(name, device, mode, options, most, limit)
-            rows.append((mode, [f"{ours:.0f}", f"{bare:.0f}", bare / ours, peak, str(waits)]))
-            speeds[mode] = ours
-        table("CIFAR-10 preset", columns, rows)
-        rows = []
-        for preset in ("spiral", "digits"):
-            ours, bare, peak, waits = training(preset, device, "TF32", small, most, limit)
-            rows.append((preset, [f"{ours:.0f}", f"{bare:.0f}", bare / ours, peak, str(waits)]))
-        table("other presets, TF32", columns, rows)
+            speeds[mode] = speeds.get(mode, ours)
+            return [f"{ours:.0f}", f"{bare:.0f}", bare / ours, peak, str(waits)]
+
+        table("CIFAR-10 preset", columns, ((mode, row(name, mode, preset)) for mode in modes))
+        table("other presets, bf16", columns, ((other, row(other, "bf16", small)) for other in ("spiral", "digits")))
 
         cases = {"64 digits": ("digits", 64), "256 points": ("spiral", 256)}
         cases = {"4 digits": ("digits", 4)} if toy else {**cases, "64 of 32x32": (name, 64)}
@@ -264,9 +269,8 @@ def main(argv=None):
         except data.UserError:
             name, options = "digits", []
     config, _ = train.configure(["--data", name, *options])
-    fits = int(60 * args.minutes * speeds["bf16"] / config["batch"])  # of the CIFAR-10 preset, the largest
-    options += ["--steps", str(2 if toy else min(config["steps"], fits)), "--save-every", "1000000", *small]
-    options += [] if toy else ["--amp", "bf16"]
+    fits = 2 if toy else max(1, int(60 * args.minutes * speeds["bf16"] / args.batch))  # at the CIFAR-10 preset's speed
+    options += [*preset, "--steps", str(min(config["steps"], fits)), "--save-every", "1000000", "--amp", "bf16"]
     train.main(["--data", name, *options, "--device", device, "--out", args.out])
     print(f"\nThe picture of this training is the last in {args.out}. {(now() - began) / 60:.1f} minutes in all.")
     if wrong or exact:

@@ -177,7 +177,8 @@ def target_of(P, x, m, t):
     """What the paper's network is to return at m if the data are x: F/s or eps_n."""
     if isinstance(P, AGM):
         return agm_ref.acceleration(P, x, m, t) / agm_ref.scale(P, t)
-    return hold_ref.noise(P, x, m, t)
+    w, b = hold_ref.affine(P, t)
+    return hold_ref.mix(w[None], m) + float(b) * x
 
 
 GAUSSIAN = Mixture([1.0], [[0.4, -0.7]], 0.5)
@@ -2568,7 +2569,7 @@ WORDS = "-1 1e400 nan inf -inf 1e30 10000000000000000000 x '' \\x00 -- 0x10 [] {
 FLAGS = {train: "steps batch lr clip width blocks mult attention order seed save-every log-every warmup ema".split()}
 FLAGS[train] += "dropout device amp param method data flip unknown".split()
 FLAGS[sample] = "nfe n rho t-end multistep eta seed batch order tol sampler device method raw unknown".split()
-FLAGS[sample] += "class guidance share passes shrink rule inject mask stroke inpaint".split()
+FLAGS[sample] += "class guidance share passes noise shrink rule inject mask stroke inpaint".split()
 
 
 def test_two_hundred_wrong_command_lines_are_one_line_each_and_change_nothing(toy, folder):
@@ -2799,8 +2800,9 @@ def gaussian_net(cov, s):
 
 
 @pytest.mark.parametrize("process", [AGM(), HOLD(order=1), HOLD(order=2), HOLD()], ids=repr)
+@pytest.mark.parametrize("noise", [0.0, 0.2])
 @pytest.mark.parametrize("known", ["pixels", "means"])
-def test_conditioning_by_the_posterior_covariance_is_exact_for_gaussian_data(process, known):
+def test_conditioning_by_the_posterior_covariance_is_exact_for_gaussian_data(process, known, noise):
     """Mean and covariance given half of eight numbers, or the means of pairs, by the formulas of Gaussians."""
     method, d, n, s = sys.modules[type(process).__module__], 8, 20_000, process.sigma_data
     cov = s**2 * 0.9 ** (torch.arange(d)[:, None] - torch.arange(d)).abs().double()
@@ -2812,12 +2814,13 @@ def test_conditioning_by_the_posterior_covariance_is_exact_for_gaussian_data(pro
         see, fill = (lambda x: x.unflatten(-1, (4, 2)).mean(-1)), (lambda c: c.repeat_interleave(2, -1))
         look, value = (see, fill), torch.tensor([0.7, -0.2, 0.1, 0.4]).double()
     c = H @ value if known == "pixels" else value
-    K = cov @ H.mT @ torch.linalg.inv(H @ cov @ H.mT)
-    mean, rest = K @ c, cov - K @ H @ cov
-    condition = sample.by_covariance(method, *look, value.reshape(1, 1, 1, -1).expand(n, 1, 1, -1), steps=4)
+    K = cov @ H.mT @ torch.linalg.inv(H @ cov @ H.mT + noise**2 * torch.eye(len(c)))
+    mean, rest, value = K @ c, cov - K @ H @ cov, value.reshape(1, 1, 1, -1).expand(n, 1, 1, -1)
+    factor = math.sqrt(2) if known == "means" else 1  # here fill is 2 H^T
+    condition = sample.by_covariance(method, *look, value, steps=4, noise=noise * factor)
     m0 = process.prior((n, 1, 1, d), torch.Generator().manual_seed(0)).double()
     x = method.ode(process, gaussian_net(cov, s), m0, 20, data_mean=None, condition=condition).flatten(1)
-    assert (x @ H.mT - c).abs().max() < 1e-9
+    assert noise or (x @ H.mT - c).abs().max() < 1e-9
     assert (x.mean(0) - mean).square().mean().sqrt() < 0.05 * rest.diagonal().mean().sqrt()
     assert (torch.cov(x.mT) - rest).norm() < 0.05 * rest.norm()
 

@@ -397,6 +397,12 @@ def update_ema(averages, params, step, decay):
     torch._foreach_lerp_(averages, params, 1 - min(decay, (1 + step) / (10 + step)))
 
 
+def reseed(config, step):
+    """Of several processes: what each draws in that step differs from the others and is the same after --resume."""
+    if WORLD > 1:
+        torch.manual_seed(((config["seed"] * 1_000_003 + step) * 1009 + RANK) % 2**32)
+
+
 def drop(label, classes):
     """Labels (B,) with one in ten of them "no class", which guidance needs (Ho & Salimans 2022)."""
     return torch.where(data.send(torch.rand(len(label)) < 0.1, label.device), classes, label)
@@ -487,18 +493,19 @@ def train(config, ckpt=None):
     if ckpt and not (out / f"step-{start:07d}.png").exists():  # the run was killed before it was drawn
         picture(start)
     since, began, seen = start, time.time(), torch.zeros(2, device=device)
+    reseed(config, start + 1)
     with log, signals(signalled):
         for done in range(start + 1, steps + 1):
-            if WORLD > 1:  # draws that differ between the processes and are the same after --resume
-                torch.manual_seed(((config["seed"] * 1_000_003 + done) * 1009 + RANK) % 2**32)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done - 1, config)
             optimizer.zero_grad()
-            for _ in range(config["accum"]):
+            for left in reversed(range(config["accum"])):
                 x, label = dataset.batch(part)
                 label = drop(label, config["labels"]) if config["classes"] else None
                 with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"] == "bf16"):
                     loss = method.loss(process, served, x, label) / config["accum"]
+                if not left:
+                    reseed(config, done + 1)
                 loss.backward()
                 seen[0] += loss.detach()  # on the device: to read it would wait for each step
             norm = torch.nn.utils.clip_grad_norm_(params, config["clip"], foreach=fast or None)

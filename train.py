@@ -445,8 +445,8 @@ def restore(ckpt, net, ema, optimizer):
 def train(config, ckpt=None):
     device, (part, rest) = pick_device(config["device"]), divmod(config["batch"], config["accum"] * WORLD)
     if rest:
-        unit = config["accum"] * WORLD
-        raise data.UserError(f"--batch {config['batch']} must be a multiple of {unit}: --accum times {WORLD} processes")
+        text = f"{config['accum'] * WORLD}: --accum times the number of processes"
+        raise data.UserError(f"--batch {config['batch']} must be a multiple of {text}")
     dataset = data.load(config["data"], config["data_dir"], config["flip"])
     found = dataset.summary()
     if config["classes"]:
@@ -468,7 +468,7 @@ def train(config, ckpt=None):
     start, steps, save_every = ckpt["step"] if ckpt else 0, config["steps"], config["save_every"]
     out, log = claim(config, bool(ckpt))
     if WORLD > 1:
-        RANK or dist.init_process_group()  # the others wait for it in main, until all is checked
+        RANK or dist.init_process_group()  # now that all is checked; the others wait for it in main
         served = DistributedDataParallel(served)
     config["out"], again, stop = str(out), f"python train.py --resume --out {shlex.quote(str(out))}", []
 
@@ -598,12 +598,10 @@ def run(body):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-
     def body():
         if RANK:
-            dist.init_process_group()
-        train(*configure(argv))
+            dist.init_process_group()  # returns when process 0 joins
+        train(*configure(sys.argv[1:] if argv is None else argv))
         if WORLD > 1:
             dist.destroy_process_group()
 

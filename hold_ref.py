@@ -253,12 +253,12 @@ def mix(A, m):
     """Linear combinations of blocks: A (i, j) or (B, i, j) on m (B, j C, ...) -> (B, i C, ...), m's dtype and device.
     A product and a sum, not a matmul, so that neither autocast nor TF32 rounds the coefficients."""
     blocks = m.reshape(len(m), 1, A.shape[-1], -1)
-    return (A.to(blocks)[..., None] * blocks).sum(-2).reshape(len(m), -1, *m.shape[2:])
+    return (A.to(blocks, non_blocking=blocks.is_cuda)[..., None] * blocks).sum(-2).reshape(len(m), -1, *m.shape[2:])
 
 
 def each(c, x):
     """One number c (B,) for each x (B, ...)."""
-    return c.to(x).reshape(-1, *[1] * (x.ndim - 1)) * x
+    return c.to(x, non_blocking=x.is_cuda).reshape(-1, *[1] * (x.ndim - 1)) * x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def precondition(process, net, y, snr, label=None):
     c_out = s * c_in
     c_skip = s**2 * root * c_in**2
     c_noise = 1 / (1 + root)  # sigma / (1 + sigma): 0 at the data, 1 at pure noise
-    return each(c_skip, y) + each(c_out, net(each(c_in, y), c_noise.to(y), label).to(y))
+    return each(c_skip, y) + each(c_out, net(each(c_in, y), c_noise.to(y, non_blocking=y.is_cuda), label).to(y))
 
 
 @by_time

@@ -153,10 +153,17 @@ class Attention(nn.Module):
         return x + self.out(h)
 
 
+class Norm(nn.GroupNorm):
+    """GroupNorm that computes in the dtype of its weights, whatever autocast made of x; the result has x's dtype."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 def norm(c):
-    """GroupNorm with about 32 groups, at least 4 channels each."""
+    """About 32 groups, at least 4 channels each."""
     groups = next(g for g in range(min(32, max(c // 4, 1)), 0, -1) if c % g == 0)
-    return nn.GroupNorm(groups, c)
+    return Norm(groups, c)
 
 
 def zero(layer):

@@ -81,15 +81,17 @@ def parser():
     add("--tol", "nll: error tolerance of the ODE solver; default: 0.0001")
     add("--data", "nll: another data set or file than the checkpoint's")
     add("--data-dir", "nll: folder or archive of the data set")
+    add("--amp", "bf16: autocast the net to bfloat16", default="off")
+    p.add_argument("--compile", action="store_true", help="compile the net: faster calls after a start of a minute")
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
     add("--out", "folder for the results; default: the checkpoint's")
     p.error = train.refuse
     return p
 
 
-def restore(path, device, raw=False, method=None, order=None, amp=False):
-    """Checkpoint -> (config, method module, process, net in eval mode), amp if the caller will use bf16. A denoiser
-    serves any method and order; for any other net UserError says what it was trained for."""
+def restore(path, device, raw=False, method=None, order=None):
+    """Checkpoint -> (config, method module, process, net in eval mode). A denoiser serves any method and order; for any
+    other net UserError says what it was trained for."""
     ckpt = train.load_checkpoint(path)
     config = ckpt["config"]
     if order is not None and (method or config["method"]) != "hold":
@@ -107,7 +109,7 @@ def restore(path, device, raw=False, method=None, order=None, amp=False):
         net.load_state_dict(ckpt["net" if raw else "ema"])
     except RuntimeError:
         raise data.UserError(f"{path} does not fit the net that its config describes: train again") from None
-    return config, method, process, net.to(device, memory_format=train.layout(torch.device(device), amp)).eval()
+    return config, method, process, net.to(device).eval()
 
 
 def sampler_options(method, args):
@@ -185,12 +187,13 @@ def sample(args):
     except OSError as e:
         raise data.UserError(f"cannot write to {out} ({e.strerror}): choose another --out") from None
 
-    calls = 0
+    calls, net = 0, torch.compile(net) if args.compile else net
 
     def counted(m, t, label=None):
         nonlocal calls
         calls += 1
-        return net(m, t, label)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            return net(m, t, label).to(m)
 
     start, guided = time.time(), counted if label is None else guide(counted, args.guidance)
     options_of_draw = dict(seed=args.seed, batch=args.batch, device=device, conditional=given, label=label)
@@ -382,6 +385,8 @@ def print_nll(args, config, method, process, net, device):
     asked = [flag for flag in ("sampler", *OPTIONS, "class", "stroke", "inpaint") if getattr(args, flag) is not None]
     if asked:
         raise data.UserError(f"--nll follows a flow of its own and draws nothing: leave out --{asked[0]}")
+    if args.amp != "off" or args.compile:
+        raise data.UserError("--nll differentiates the net and wants all its digits: leave out --amp and --compile")
     dataset = data.load(args.data or config["data"], args.data_dir or config["data_dir"], size=config["shape"][-1])
     if list(dataset.shape) != config["shape"]:
         raise data.UserError(f"{dataset.name} has shape {dataset.shape}, the checkpoint {tuple(config['shape'])}")

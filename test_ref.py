@@ -25,9 +25,10 @@ import warnings
 import zipfile
 import zlib
 from decimal import Decimal, localcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -3041,7 +3042,7 @@ MISTAKES = {
         "--rho must be a number from 0.01 to 100",
     ),
     "tiny rho": (["sample", "--ckpt", "{toy}/hold/ckpt.pt", "--rho", "1e-3"], "--rho must be"),
-    "nll with a sampler": (["sample", "--ckpt", "{toy}/hold/ckpt.pt", "--nll", "--eta", "1"], "leave out --sampler"),
+    "nll with a sampler": (["sample", "--ckpt", "{toy}/hold/ckpt.pt", "--nll", "--eta", "1"], "leave out --eta"),
     "negative eta": (["sample", "--ckpt", "{toy}/hold/ckpt.pt", "--eta", "-1"], "--eta must be a number from 0"),
     "an order for AGM": (["sample", "--ckpt", "{toy}/denoiser/ckpt.pt", "--order", "2"], "give --method hold"),
     "t_end after the data": (["sample", "--ckpt", "{toy}/agm/ckpt.pt", "--t-end", "1.5"], "t_end"),
@@ -3303,3 +3304,183 @@ def test_readme_commands_run(folder, tmp_path, capsys):
             bench = load_bench(script)
             images = ["--data", "cifar10", "--data-dir", str(tmp_path)] if script == "bench/images.py" else []
             bench.main([*options, *bench.TOY, *images])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Large networks: parts of a batch, several processes, bf16, compiled
+
+
+def feed(setattr, accum):
+    """Eight samples, times and noises an update, the same ones however many processes and parts share them; and a
+    network whose zero layers are filled, as those block all gradients."""
+    calls, now, build, randn_like = itertools.count(), {}, train.build, torch.randn_like
+
+    def batch(dataset, n):
+        step, i = divmod(next(calls), accum)
+        first, generator = (i * train.WORLD + train.RANK) * n, torch.Generator().manual_seed(step)
+        now["u"] = torch.rand(8, dtype=F64, generator=generator)[first : first + n]
+        now["eps"] = torch.randn(8, 1, 8, 8, generator=generator)[first : first + n]
+        return dataset.train[8 * step + first :][:n] / 127.5 - 1, None
+
+    setattr(train, "build", lambda config: (*build(config)[:2], perturbed(build(config)[2]).train()))
+    setattr(data.Dataset, "batch", batch)
+    setattr(agm_ref, "stratified", lambda n: now["u"])
+    setattr(torch, "randn_like", lambda x: now["eps"] if now else randn_like(x))
+
+
+def torchrun(script, *argv):
+    """Two processes of it; train.py's path, or the body of a program."""
+    if not str(script).endswith(".py"):
+        path = Path(f"{hashlib.md5(script.encode()).hexdigest()}.py")
+        path.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); from test_ref import *\n{script}")
+        script = path
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ours(stderr):
+    """The lines that are not torchrun's report."""
+    return [line for line in stderr.splitlines() if re.match("error: |stopped|warning", line)]
+
+
+def test_the_update_does_not_depend_on_how_many_share_the_batch(folder, monkeypatch):
+    options = [*TOY, "--steps", "3", "--batch", "8", "--warmup", "0"]
+    with monkeypatch.context() as patch:
+        feed(patch.setattr, 1)
+        train.main([*options, "--out", "whole"])
+    with monkeypatch.context() as patch:
+        feed(patch.setattr, 4)
+        train.main([*options, "--out", "parts", "--accum", "4"])
+    script = "feed(setattr, 2)\ntrain.main(sys.argv[1:])"
+    running = torchrun(script, *options, "--out", "both", "--accum", "2")
+    assert running.wait() == 0, running.stderr.read()
+    whole, *others = (torch.load(f"{out}/ckpt.pt", weights_only=True) for out in ("whole", "parts", "both"))
+    for other in others:
+        for i, state in whole["optimizer"]["state"].items():  # sums of three gradients, and of their squares
+            assert worst(state["exp_avg"], other["optimizer"]["state"][i]["exp_avg"]) < 1e-6
+        assert all(worst(v, other["ema"][k]) < 1e-5 for k, v in whole["ema"].items())
+    assert max(state["exp_avg"].abs().max() for state in whole["optimizer"]["state"].values()) > 1e-2
+    for out in ("parts", "both"):
+        for found, right in zip(losses(folder / out).values(), losses(folder / "whole").values(), strict=True):
+            assert [float(v) for v in found] == pytest.approx([float(v) for v in right], abs=2e-3)
+
+
+def test_processes_stop_together_resume_exactly_and_end_with_one_line(folder):
+    options = [*TOY, "--steps", "24", "--save-every", "8", "--dropout", "0.1", "--out"]
+    whole = torchrun(HERE / "train.py", *options, "whole")
+    cut = torchrun(HERE / "train.py", *options, "cut")
+    next(line for line in cut.stdout if line.startswith("step 4 "))
+    cut.send_signal(signal.SIGTERM)
+    said = ours(cut.stderr.read())
+    assert cut.wait() != 0 and whole.wait() == 0
+    step = torch.load("cut/ckpt.pt", weights_only=True)["step"]
+    assert step < 10
+    assert said == [f"stopped at step {step}, which is saved; python train.py --resume --out cut goes on"]
+    script = "if train.RANK: train.update_ema = lambda *a: a[2] < 14 or 1 / 0\ntrain.main(sys.argv[1:])"
+    broken = torchrun(script, "--resume", "--out", "cut")
+    assert ours(broken.stderr.read()) == ["error: division by zero"] and broken.wait() != 0
+    assert torch.load("cut/ckpt.pt", weights_only=True)["step"] == 8
+    right = losses(folder / "whole")
+    assert losses(folder / "cut") == {step: right[step] for step in range(1, 15)} and len(right) == 24
+    train.main("--resume --out cut --steps 9".split())  # one process goes on where two were
+
+
+def test_the_other_processes_do_not_repeat_a_mistake(folder, monkeypatch):
+    def mistake():
+        raise data.UserError("x")
+
+    assert refused(SimpleNamespace(main=lambda argv: train.run(mistake)), []) == "error: x"
+    monkeypatch.setattr(train, "RANK", 1)
+    with pytest.raises(SystemExit) as stop:
+        train.run(mistake)
+    assert stop.value.code == 1
+
+
+def test_processes_draw_differently(folder, monkeypatch):
+    """Ranks 0 and 1 of 2, one after the other in this process: other samples, times and noise at every step."""
+    seen = {0: [], 1: []}
+    for rank, draws in seen.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "WORLD", 2)
+            patch.setattr(train, "RANK", 0)
+            patch.setattr(train, "DistributedDataParallel", lambda net: net)
+            patch.setattr(train.dist, "init_process_group", lambda rank=rank: setattr(train, "RANK", rank))
+            patch.setattr(train.dist, "all_reduce", lambda *a: None)
+            patch.setattr(train.dist, "destroy_process_group", lambda: None)
+            patch.setattr(
+                agm_ref, "loss", lambda P, net, x, *_, draws=draws: (draws.append(x), net(x, x[:, 0, 0, 0]).sum())[1]
+            )
+            train.main([*TOY, "--out", f"rank{rank}"])
+    assert [len(x) for x in seen[0]] == [8] * 6
+    assert len({tuple(x.flatten().tolist()) for draws in seen.values() for x in draws}) == 12
+
+
+def test_compiled_and_plain_networks_share_their_checkpoints(folder, monkeypatch):
+    train.main([*TOY, "--out", "plain"])
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # wants no C++ compiler
+    train.main([*TOY, "--out", "compiled", "--compile"])
+    a, b = (torch.load(f"{run}/ckpt.pt", weights_only=True) for run in ("plain", "compiled"))
+    assert a["net"].keys() == b["net"].keys() == b["ema"].keys()
+    assert all(worst(a[part][k], b[part][k]) < 1e-3 for part in ("net", "ema") for k in a[part])
+    train.main("--resume --out compiled --no-compile --steps 7".split())
+    for out, options in (("p", []), ("c", ["--compile"])):
+        sample.main(["--ckpt", "compiled/ckpt.pt", "--n", "3", "--nfe", "3", "--out", out, *options])
+    p, c = (np.load(f"{out}/samples.npz")["arr_0"].astype(int) for out in "pc")
+    assert np.abs(p - c).max() <= 1
+
+
+def test_samples_in_bf16_are_close_and_not_equal(toy, folder):
+    def change(ckpt):  # or the last layer, which starts at zero, hides the others
+        torch.manual_seed(0)
+        [v.add_(0.05 * torch.randn_like(v)) for v in ckpt["ema"].values()]
+
+    path = broken(toy / "denoiser/ckpt.pt", change)
+    for amp in ("off", "bf16"):
+        sample.main(["--ckpt", path, "--n", "8", "--nfe", "5", "--amp", amp, "--out", amp])
+    off, bf16 = (np.load(f"{amp}/samples.npz")["arr_0"].astype(int) for amp in ("off", "bf16"))
+    assert 0 < np.abs(off - bf16).max() < 16
+
+
+def test_norm_is_computed_in_float32_under_autocast():
+    norm, x = perturbed(nets.norm(32)), (3 + torch.randn(2, 32, 8, 8)).bfloat16()
+    groups = x.double().reshape(2, 8, -1)
+    right = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+    right = right.reshape(x.shape) * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x)
+    assert found.dtype == torch.bfloat16 and ((found.double() - right).abs() <= 2**-8 * right.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "words"),
+    [
+        (train, [*TOY, "--accum", "3"], "--batch 16 must be a multiple of 3"),
+        (train, [*TOY, "--accum", "32"], "must be a multiple of 32"),
+        (sample, ["--ckpt", "{toy}/hold/ckpt.pt", "--nll", "--amp", "bf16"], "leave out --amp and --compile"),
+        (sample, ["--ckpt", "{toy}/hold/ckpt.pt", "--nll", "--compile"], "leave out --amp and --compile"),
+        (sample, ["--ckpt", "{toy}/hold/ckpt.pt", "--amp", "fp16"], "--amp must be one of off, bf16"),
+    ],
+)
+def test_wrong_use_of_a_large_machine_is_one_line(toy, folder, script, options, words):
+    assert words in refused(script, *(o.replace("{toy}", str(toy)) for o in options)) and not snapshot(folder)
+
+
+def test_too_few_gpus_are_one_line(folder, monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "lower --nproc_per_node to 1" in refused(train, *TOY[:-1], "cuda")
+
+
+def test_moments_of_a_former_layout_are_read_as_they_were_meant(toy, folder):
+    """They follow their weights, not the order in memory."""
+
+    def turn(ckpt):
+        for state in ckpt["optimizer"]["state"].values():
+            state |= {k: v.to(memory_format=torch.channels_last) for k, v in state.items() if v.ndim == 4}
+
+    for run, change in (("same", dict), ("turned", turn)):
+        Path(run).mkdir()
+        broken(toy / "denoiser/ckpt.pt", change, f"{run}/ckpt.pt")
+        train.main(["--resume", "--out", run, "--steps", "8"])
+    a, b = (torch.load(f"{run}/ckpt.pt", weights_only=True)["net"] for run in ("same", "turned"))
+    assert all((a[k] == b[k]).all() for k in a)

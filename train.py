@@ -5,6 +5,7 @@ python train.py --method hold --order 3             the other method
 python train.py --data cifar10                      one GPU
 python train.py --data points.npy --help            the defaults for that data
 python train.py --resume                            resumes the newest run
+torchrun --standalone --nproc_per_node=4 train.py   the same on four GPUs
 """
 
 import signal
@@ -24,11 +25,13 @@ import threading
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import agm_ref
 import data
@@ -41,6 +44,10 @@ METHODS = {
     "hold": (hold_ref, lambda c: hold_ref.HOLD(order=c["order"], **common(c))),
 }
 LOSSES = {"agm": "acceleration matching", "hold": "BCSM"}
+
+
+# Number of this process and of all, by torchrun. The others read, train and end as process 0 does, which alone writes.
+RANK, WORLD = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1)
 
 
 def common(c):
@@ -57,8 +64,8 @@ PRESETS = {
     12: dict(steps=1600, batch=128, lr=2e-3, width=32, mult=[1, 2], blocks=2, save_every=400),
     # fashion: 43 epochs; 28 -> 14 -> 7.
     28: dict(steps=20000, batch=128, lr=5e-4, width=64, mult=[1, 2, 2], blocks=2, save_every=2000),
-    # cifar10: 512 epochs of a net of 51M parameters, days on one GPU, not run. The usual rate and attention for a UNet
-    # of this size; dropout, as 50,000 images are few for it; the average is over the last 10,000 updates.
+    # cifar10: 512 epochs of a net of 51M parameters, not run: 1.3e18 FLOP, 9 hours at 40 TFLOP/s. The usual rate and
+    # attention for a UNet of this size; dropout, as 50,000 images are few; the average is over 10,000 updates.
     32: dict(steps=200000, batch=128, lr=2e-4, width=128, mult=[1, 2, 2, 2], blocks=3, save_every=5000)
     | dict(attention=[1], dropout=0.1, ema=0.9999),
     # imagenet64, AFHQv2: the same net. Four times the pixels, so half the batch (17 GiB in fp32 by count), and
@@ -74,7 +81,8 @@ PRESETS = {
 # Smallest and largest value, which also give the type: for the command lines and for the config of a checkpoint.
 LIMITS = {
     **dict.fromkeys(("steps", "save_every", "log_every"), (1, 10**9)),
-    **dict(batch=(1, 10**6), lr=(1e-9, 1.0), warmup=(0, 10**9), clip=(1e-6, 1e6), ema=(0.0, 0.999999)),
+    **dict.fromkeys(("batch", "accum"), (1, 10**6)),
+    **dict(lr=(1e-9, 1.0), warmup=(0, 10**9), clip=(1e-6, 1e6), ema=(0.0, 0.999999)),
     **dict(width=(1, 4096), blocks=(1, 100), mult=(1, 64), attention=(0, 15), dropout=(0.0, 0.99)),
     **dict(sde=(False, True), classes=(False, True), labels=(0, 10**4), guidance=(0.0, 100.0)),
     **dict(order=(1, 8), seed=(0, 2**32 - 1)),  # HOLD is tested up to order 8
@@ -134,7 +142,7 @@ def parser(preset):
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    add = partial(option, p)
+    add, flag = partial(option, p), argparse.BooleanOptionalAction
     add("--method", "phase stochastic bridge, or high-order Langevin", default="agm")
     add("--data", f"{', '.join(data.NAMES)}, an .npy/.npz file, a folder or zip of pictures", default="digits")
     add("--data-dir", "folder or archive of the data set; default: the cache, after a download")
@@ -143,7 +151,8 @@ def parser(preset):
     p.add_argument("--sde", action="store_true", help="AGM only: learn the SDE's acceleration, not the ODE's")
     add("--param", "what the net learns: x from y, or F / eps_n", default="denoiser")
     add("--steps", "updates; a resumed run that gets more of them follows the cosine of the new number")
-    add("--batch", "images or points an update")
+    add("--batch", "images or points an update, of all processes together")
+    add("--accum", "parts of a batch, one after the other: less memory, the same update", default=1)
     add("--lr", "peak learning rate of AdamW; cosine decay to 0")
     add("--warmup", "updates of linear warm-up", default=100)
     add("--clip", "largest gradient norm", default=1.0)
@@ -154,8 +163,9 @@ def parser(preset):
     add("--attention", "UNet: levels with attention, 0 is full size", nargs="*", default=[])
     add("--dropout", "UNet: dropout rate", default=0.0)
     p.add_argument("--classes", action="store_true", help="learn the labels, too: sample.py --class, --guidance")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="random mirror images; default: the data's")
+    p.add_argument("--flip", action=flag, help="random mirror images; default: the data's")
     add("--amp", "bf16: autocast the net to bfloat16", default="off")
+    p.add_argument("--compile", action=flag, default=False, help="compile the net: faster steps after some minutes")
     add("--seed", "of the weights, the data order and the noise", default=0)
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
     add("--out", "folder of the run; default: runs/METHOD-DATA, numbered when taken")
@@ -167,7 +177,7 @@ def parser(preset):
     return p
 
 
-MAY_CHANGE = ("steps", "data", "data_dir", "device", "out", "save_every", "log_every", "resume")  # when a run goes on
+MAY_CHANGE = "steps data data_dir device out save_every log_every resume accum compile".split()  # when a run goes on
 
 
 def preset_for(shape):
@@ -281,8 +291,17 @@ def newest_checkpoint():
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:
+        if 0 < torch.cuda.device_count() < WORLD:
+            raise data.UserError(f"one GPU for each process: lower --nproc_per_node to {torch.cuda.device_count()}")
+        name = f"cuda:{RANK}"
     try:
-        if torch.zeros(1, device=name).device.type in ("cpu", "cuda", "mps"):
+        device = torch.zeros(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
+            torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+        if device.type in ("cpu", "cuda", "mps"):
             return torch.device(name)
         text = "want cpu, cuda or mps"
     except (RuntimeError, AssertionError, ImportError) as e:
@@ -290,13 +309,10 @@ def pick_device(name):
     raise data.UserError(f"cannot use --device {name}: {text}")
 
 
-def layout(device, amp):
-    """The faster memory format for convolutions; on a CPU in bf16, channels last took 1.5 times as long."""
-    return torch.contiguous_format if amp and device.type == "cpu" else torch.channels_last
-
-
 def claim(config, goes_on):
     """The run's folder and its open log: this run's alone, by a lock on the log that ends with the process."""
+    if RANK:
+        return Path(os.devnull), open(os.devnull, "wb")
     base = f"runs/{config['method']}-{Path(config['data']).stem}"
     names = [config["out"]] if config["out"] else (f"{base}-{i}" if i > 1 else base for i in itertools.count(1))
     for out in map(Path, names):
@@ -369,7 +385,7 @@ def finish(x, config):
 
 def draw_picture(path, config, method, process, net, device):
     """What sample.py draws with no options; images in no larger batches than those of the training, which fit."""
-    n, batch = (64, config["batch"]) if len(config["shape"]) == 3 else (10_000, 10_000)
+    n, batch = (64, config["batch"] // config["accum"] // WORLD) if len(config["shape"]) == 3 else (10_000, 10_000)
     sampler, mean = next(iter(method.SAMPLERS.values())), config["data_mean"]
     x = draw(sampler, process, net, config["shape"], n, 20, batch=batch, device=device, data_mean=mean)
     data.write_files({path: data.png(data.picture(finish(x, config), config["window"]))})
@@ -391,9 +407,15 @@ def update_ema(averages, params, step, decay):
     torch._foreach_lerp_(averages, params, 1 - min(decay, (1 + step) / (10 + step)))
 
 
+def reseed(config, step):
+    """Of several processes: what each draws in that step differs from the others and is the same after --resume."""
+    if WORLD > 1:
+        torch.manual_seed(((config["seed"] * 1_000_003 + step) * 1009 + RANK) % 2**32)
+
+
 def drop(label, classes):
     """Labels (B,) with one in ten of them "no class", which guidance needs (Ho & Salimans 2022)."""
-    return torch.where((torch.rand(len(label)) < 0.1).to(label.device), classes, label)
+    return torch.where(data.send(torch.rand(len(label)) < 0.1, label.device), classes, label)
 
 
 def compare(found, config, name):
@@ -416,6 +438,11 @@ def restore(ckpt, net, ema, optimizer):
         for p, state in optimizer.state.items():
             if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
                 raise ValueError("optimizer of another net")
+            for key in (
+                "exp_avg",
+                "exp_avg_sq",
+            ):  # older runs had another layout, which the fused AdamW does not notice
+                state[key] = state[key].contiguous()
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if torch.cuda.is_available() and ckpt["rng"]["cuda"]:
             torch.cuda.set_rng_state_all(ckpt["rng"]["cuda"])
@@ -426,7 +453,10 @@ def restore(ckpt, net, ema, optimizer):
 
 
 def train(config, ckpt=None):
-    device = pick_device(config["device"])
+    device, (part, rest) = pick_device(config["device"]), divmod(config["batch"], config["accum"] * WORLD)
+    if rest:
+        text = f"{config['accum'] * WORLD}: --accum times the number of processes"
+        raise data.UserError(f"--batch {config['batch']} must be a multiple of {text}")
     dataset = data.load(config["data"], config["data_dir"], config["flip"], config["size"])
     found = dataset.summary()
     if config["classes"]:
@@ -438,7 +468,8 @@ def train(config, ckpt=None):
 
     torch.manual_seed(config["seed"])
     method, process, net = build(config)
-    net = net.to(device, memory_format=layout(device, config["amp"] == "bf16"))
+    net = net.to(device)
+    served = torch.compile(net) if config["compile"] else net  # shares its weights
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     params, averages, fast = list(net.parameters()), list(ema.parameters()), device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(params, lr=config["lr"], weight_decay=0.01, fused=fast)
@@ -446,14 +477,17 @@ def train(config, ckpt=None):
         restore(ckpt, net, ema, optimizer)
     start, steps, save_every = ckpt["step"] if ckpt else 0, config["steps"], config["save_every"]
     out, log = claim(config, bool(ckpt))
+    if WORLD > 1:
+        RANK or dist.init_process_group()  # now that all is checked; the others wait for it in main
+        served = DistributedDataParallel(served)
     config["out"], again, stop = str(out), f"python train.py --resume --out {shlex.quote(str(out))}", []
 
     def picture(step):
-        if step % save_every == 0 or step in (steps, max(steps // 10, 1)):
+        if RANK == 0 and (step % save_every == 0 or step in (steps, max(steps // 10, 1))):
             draw_picture(out / f"step-{step:07d}.png", config, method, process, ema, device)
 
     def signalled(number, _):  # the first lets the step and its save end
-        if stop:
+        if stop and WORLD == 1:  # torchrun repeats what the terminal has already sent
             raise Stopped(number, f"stopped at once; {again} goes on from the last save, if there was one")
         stop.append(number)
 
@@ -462,31 +496,42 @@ def train(config, ckpt=None):
         what += " with a preconditioned network and EDM's weight in t (a denoiser)"
     say(log, f"{process} on {config['data']}; defaults for {config.get('preset', 'it')}; the loss is {what}")
     size = f"{type(net).__name__} with {sum(p.numel() for p in params) / 1e6:.2f}M parameters"
-    say(log, f"{len(dataset.train)} samples {dataset.shape}, {size}, {device}, {out}, steps {start}-{steps}")
+    where = f"{device}{f' x {WORLD}' if WORLD > 1 else ''}, {out}"
+    say(log, f"{len(dataset.train)} samples {dataset.shape}, {size}, {where}, steps {start}-{steps}")
     if start >= steps:
         say(log, f"nothing to do: the run already has {start} steps; more with --steps")
     if ckpt and not (out / f"step-{start:07d}.png").exists():  # the run was killed before it was drawn
         picture(start)
     since, began, seen = start, time.time(), torch.zeros(2, device=device)
+    reseed(config, start + 1)
     with log, signals(signalled):
         for done in range(start + 1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done - 1, config)
-            x, label = dataset.batch(config["batch"])
-            label = drop(label, config["labels"]) if config["classes"] else None
-            with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"] == "bf16"):
-                loss = method.loss(process, net, x, label)
-            dataset.read_ahead(config["batch"])  # this step has drawn all its numbers
             optimizer.zero_grad()
-            loss.backward()
+            for left in reversed(range(config["accum"])):
+                x, label = dataset.batch(part)
+                label = drop(label, config["labels"]) if config["classes"] else None
+                with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"] == "bf16"):
+                    loss = method.loss(process, served, x, label) / config["accum"]
+                if not left:
+                    reseed(config, done + 1)
+                dataset.read_ahead(part)  # this part has drawn all its numbers
+                loss.backward()
+                seen[0] += loss.detach()  # on the device: to read it would wait for each step
             norm = torch.nn.utils.clip_grad_norm_(params, config["clip"], foreach=fast or None)
             optimizer.step()
             update_ema(averages, params, done - 1, config["ema"])
-            seen += torch.stack([loss.detach().float(), norm])  # on the device: to read each would wait for each step
+            seen[1] += norm
 
-            saves = done % save_every == 0 or done == steps or bool(stop)
+            halt = torch.tensor(max(stop, default=0))
+            if WORLD > 1:  # a signal to one ends all after the same step
+                dist.all_reduce(halt, dist.ReduceOp.MAX)
+            saves = done % save_every == 0 or done == steps or bool(halt)
             if saves or done % config["log_every"] == 0:
-                mean, norm = (seen / (done - since)).tolist()
+                if WORLD > 1:
+                    dist.all_reduce(seen)
+                mean, norm = (seen / (done - since) / WORLD).tolist()
                 if not math.isfinite(mean + norm):
                     drawn = f"all t of {process}" if config["param"] == "paper" else "ln sigma ~ N(-1.2, 1.2^2)"
                     where = f"loss {mean:g} and gradient norm {norm:g} in steps {since + 1}-{done}, {drawn}"
@@ -495,23 +540,23 @@ def train(config, ckpt=None):
                 speed = (done - since) / (time.time() - began)
                 say(
                     log,
-                    f"step {done} loss {mean:.5f} grad {norm:.3f} it/s {speed:.2f} images/s {speed * len(x):.0f} "
-                    f"minutes left {(steps - done) / speed / 60:.1f}",
+                    f"step {done} loss {mean:.5f} grad {norm:.3f} it/s {speed:.2f} "
+                    f"images/s {speed * config['batch']:.0f} minutes left {(steps - done) / speed / 60:.1f}",
                 )
                 since, seen = done, torch.zeros(2, device=device)
-            if saves:
+            if saves and RANK == 0:
                 save_checkpoint(out / "ckpt.pt", config, net, ema, optimizer, done)
             picture(done)
             began = time.time() if since == done else began  # speed without pictures
-            if saves and stop and done < steps:
-                raise Stopped(stop[0], f"stopped at step {done}, which is saved; {again} goes on")
+            if halt and done < steps:
+                raise Stopped(int(halt), f"stopped at step {done}, which is saved; {again} goes on")
         say(log, f"done: {out / 'ckpt.pt'} and the pictures beside it; next: python sample.py --ckpt {out / 'ckpt.pt'}")
 
 
 def say(log, line):
     """A line to the terminal and to the run's log; where one is lost or full, the other goes on."""
     with suppress(OSError, ValueError):
-        print(line, flush=True)
+        RANK or print(line, flush=True)
     with suppress(OSError):
         log.write(f"{line}\n".encode(errors="backslashreplace"))
 
@@ -544,14 +589,17 @@ def run(body):
         with suppress(AttributeError):  # what the terminal's encoding lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
     try:
-        with signals(stopped):
+        with nullcontext() if RANK else signals(stopped):  # the others may be killed while they wait for process 0
             body()
     except (data.UserError, ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as e:
+        gone = WORLD > 1 and any(words in str(e) for words in ("by peer", "remote process"))
+        if gone or (RANK and isinstance(e, data.UserError)):
+            sys.exit(1)  # another process is gone, or makes the same mistake: it says why
         lacks = isinstance(e, MemoryError) or "memory" in str(e)
         sys.exit(f"error: {'out of memory, lower --batch, --width or --n: ' if lacks else ''}{data.why(e)}")
     except Stopped as e:
         with suppress(OSError, ValueError):
-            print(e.args[1], file=sys.stderr, flush=True)
+            RANK or print(e.args[1], file=sys.stderr, flush=True)
         sys.exit(128 + e.args[0])
     finally:
         try:
@@ -561,8 +609,14 @@ def run(body):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    run(lambda: train(*configure(argv)))
+    def body():
+        if RANK:
+            dist.init_process_group()  # returns when process 0 joins
+        train(*configure(sys.argv[1:] if argv is None else argv))
+        if WORLD > 1:
+            dist.destroy_process_group()
+
+    run(body)
 
 
 if __name__ == "__main__":

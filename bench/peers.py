@@ -321,7 +321,7 @@ def checkpoint(out, kind, steps, options):
 @torch.no_grad()
 def draw(path, method, order, sampler, n, nfe, seed, grid, batch=1000, amp=False):
     """n samples on the CPU, `batch` at a time: the noise of the first is the same whatever n is."""
-    config, _, process, net = restore(path, "cpu", method=method, order=order, amp=amp)
+    config, _, process, net = restore(path, "cpu", method=method, order=order)
     prior = FM().prior if method is None and process.n > 1 else process.prior  # EDM's samplers start from plain noise
     generator, out = torch.Generator().manual_seed(seed), []
     torch.manual_seed(seed + 10**6)  # the noise of stochastic steps, which must not repeat that of m0

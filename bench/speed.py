@@ -29,10 +29,17 @@ import train
 from sample import Noise
 
 
+def now():
+    """The time when all work is done, also a GPU's."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(body, *args):
-    start = time.perf_counter()
+    start = now()
     body(*args)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def build(method, order, name, *options):
@@ -72,12 +79,13 @@ def training(method, order, param, name, repeats, warm=3):
 
 
 @torch.no_grad()
-def sampling(method, order, sampler, name, n, nfe, repeats):
+def sampling(method, order, sampler, name, n, nfe, repeats, device="cpu"):
     """The ratio of drawing n samples with a denoiser to nfe calls of it."""
     _, process, net, shape = build(method, order, name, "--param", "denoiser")
-    m0, m, t, ours, bare = process.prior((n, *shape)), torch.randn(n, *shape), torch.full((n,), 0.5), [], []
+    m0, m, t = (x.to(device) for x in (process.prior((n, *shape)), torch.randn(n, *shape), torch.full((n,), 0.5)))
+    net, ours, bare = net.to(device).eval(), [], []
     for _ in range(repeats + 1):  # the first warms up, and computes what later ones find
-        ours.append(seconds(sampler, process, net.eval(), m0, nfe))
+        ours.append(seconds(sampler, process, net, m0, nfe))
         bare.append(seconds(lambda: [net(m, t) for _ in range(nfe)]))
     return median(ours[1:]) / median(bare[1:])
 
@@ -85,7 +93,8 @@ def sampling(method, order, sampler, name, n, nfe, repeats):
 def table(first, columns, rows):
     print("|", " | ".join([first, *columns]), "|\n" + "|---" * (len(columns) + 1) + "|")
     for name, cells in rows:
-        print("|", " | ".join([name, *(f"{cell:.2f}" for cell in cells)]), "|", flush=True)
+        cells = (cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells)
+        print("|", " | ".join([name, *cells]), "|", flush=True)
     print()
 
 

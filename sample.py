@@ -2,6 +2,7 @@
 
 python sample.py                                   the newest run under runs/, 64 samples, 20 network calls
 python sample.py --ckpt runs/agm-digits/ckpt.pt --sampler splitting --nfe 50 --n 1000 --out samples
+python sample.py --n 50000 --png-dir samples        one file a sample, for other evaluators; the same command goes on
 python sample.py --sampler ode --eta 0.5 --nfe 20  with fresh noise injected on the way
 python sample.py --method hold --order 3           the newest run, if it is a denoiser, with another process
 python sample.py --inpaint FILE --mask FILE        the rest of a picture, or --shrink K; --stroke FILE for a sketch
@@ -14,11 +15,17 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends without a traceback
 
 import argparse
+import hashlib
 import inspect
+import io
 import math
+import os
+import secrets
+import shutil
 import sys
 import tempfile
 import time
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +35,7 @@ from torch.nn.functional import avg_pool2d
 
 import data
 import train
-from train import Noise, draw, option, run  # noqa: F401
+from train import Noise, batches, draw, option, run  # noqa: F401
 
 OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "multistep", "eta": "eta"}  # command line -> sampler's keyword
 
@@ -67,6 +74,7 @@ def parser():
     add("--data-dir", "nll: folder or archive of the data set")
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
     add("--out", "folder for the results; default: the checkpoint's")
+    add("--png-dir", "new folder for one PNG a sample: 000000.png ..., RGB even of grey, as evaluators want it")
     p.error = train.refuse
     return p
 
@@ -119,6 +127,8 @@ def sample(args):
     name, sampler, options = sampler_options(method, args)
     out, shape = Path(args.out) if args.out else path.parent, tuple(config["shape"])
     given = conditional(args, method, process, shape, device)
+    if args.png_dir and (len(shape) != 3 or (os.path.exists(args.png_dir) and os.listdir(args.png_dir))):
+        raise data.UserError(f"--png-dir {args.png_dir} must be a new or empty folder, and the network one of images")
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # before the work is done; it has no name
@@ -136,11 +146,10 @@ def sample(args):
     # Where something is given, the first prediction is not the data mean; older checkpoints do not know it.
     mean = None if given else config.get("data_mean", 0.0 if len(shape) == 1 else None)
     options_of_draw = dict(seed=args.seed, batch=args.batch, device=device, conditional=given, data_mean=mean)
-    x = draw(sampler, process, counted, shape, n, args.nfe, **options_of_draw, **options)
+    drawn = partial(batches, sampler, process, counted, shape, n, args.nfe, **options_of_draw, **options)
+    part = part_file(args, out, path, n, device)
+    array, kept = collect(drawn, config, n, args.batch, part)
     seconds = time.time() - start
-    array = train.finish(x, config)
-    if not x.isfinite().all() or not np.isfinite(array).all():
-        raise data.UserError("samples are not finite, so nothing was written: try other --sampler, --rho or --t-end")
     shown = min(n, 1024, max(1, 2**26 // math.prod(shape))) if len(shape) == 3 else n  # readers refuse huge pictures
     files = {out / "samples.npz": partial(np.savez_compressed, arr_0=array)}
     try:
@@ -150,16 +159,101 @@ def sample(args):
     stop = []
     with train.signals(lambda number, _: stop.append(number)):  # the samples may be the work of hours
         data.write_files(files)
+        if args.png_dir:
+            files[args.png_dir] = None
+            write_pngs(Path(args.png_dir), array)
+        part.unlink(missing_ok=True)
     wrote = f"wrote {' and '.join(map(str, files))}" + (f", which shows the first {shown}" if shown < n else "")
     if stop:
         raise train.Stopped(stop[0], f"stopped: {wrote}")
     print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")
-    nfe = calls // -(-n // args.batch)
+    nfe = calls // -(-(n - kept) // args.batch) if n > kept else args.nfe
     by = "" if args.inpaint is None or args.rule == "paper" else f" with {args.passes} backward passes each"
-    print(f"sampler {name} {options or ''} NFE {nfe}{by} seconds/sample {seconds / n:.5f} on {device}")
+    print(f"sampler {name} {options or ''} NFE {nfe}{by} seconds/sample {seconds / max(n - kept, 1):.5f} on {device}")
     if array.dtype == np.float64:
         print("the points are float64: float32 would round them too much, so far from 0 they lie")
     print(wrote)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many samples: kept in a part file while they are drawn
+
+
+def part_file(args, out, path, n, device):
+    """Where batches are kept until all are drawn. Its name follows from all that the samples depend on, so that other
+    settings neither use nor lose them: the options, the device, and which files are read, by size and time."""
+    read = [os.stat(f) for f in (path, args.stroke, args.inpaint, args.mask) if f]
+    key = (sorted(vars(args).items()), n, str(device), str(path), [(f.st_size, f.st_mtime_ns) for f in read])
+    return out / f"samples-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.part"
+
+
+def collect(drawn, config, n, batch, part):
+    """The n finished samples of drawn(start=...), which yields `batch` at a time, and how many of them an earlier call
+    has left. If they are more than a batch, `part` keeps them (points: in network units); the caller removes it."""
+    C, *size = config["shape"]
+    array = np.empty((n, *size, C), np.uint8 if size else np.float32)
+    done, owned = 0, False
+    try:
+        with open(part, "a+b") if n > batch else io.BytesIO() as file:
+            owned = data.lock(file)
+            if not owned:
+                raise data.UserError(f"another process is writing {part}: wait for it, or choose another --out")
+            file.seek(0)
+            done = kept = file.readinto(array) // (batch * array[0].nbytes) * batch  # without a batch that was cut
+            file.truncate(kept * array[0].nbytes)
+            with closing(progress(drawn(start=kept), n, kept)) as parts:
+                for x in parts:
+                    finished = train.finish(x, config)
+                    if not x.isfinite().all() or not np.isfinite(finished).all():
+                        done, fix = 0, "try other --sampler, --rho or --t-end"
+                        raise data.UserError(f"samples are not finite, so nothing was written: {fix}")
+                    array[done : done + len(x)] = finished if size else x
+                    file.write(array[done : done + len(x)])
+                    file.flush()
+                    done += len(x)
+    except OSError as e:
+        raise data.UserError(f"cannot write {part} ({data.why(e)}): make room, or choose another --out") from None
+    except train.Stopped as e:
+        kept = f"{done} of {n} samples are kept in {part}; the same command goes on"
+        raise train.Stopped(e.args[0], f"stopped: {kept}" if done and n > batch else e.args[1]) from None
+    finally:
+        if owned and not done:
+            part.unlink(missing_ok=True)
+    return array if size else train.finish(torch.from_numpy(array), config), kept
+
+
+def progress(parts, n, done=0):
+    """Passes parts on; now and then a line on stderr says how many of the n samples in them are done, and how long the
+    rest takes."""
+    first, start, said = done, time.time(), 0
+    pause = 0.5 if sys.stderr.isatty() else 10
+    try:
+        for part in parts:
+            yield part
+            done, now = done + len(part), time.time()
+            if now - max(start, said) > pause and done < n:
+                left, said = (now - start) / (done - first) * (n - done) / 60, now
+                with suppress(OSError, ValueError):
+                    print(f"\r{done} of {n} samples, {left:.1f} minutes left ", end="", file=sys.stderr, flush=True)
+    finally:
+        if said:
+            with suppress(OSError, ValueError):
+                print(file=sys.stderr)
+
+
+def write_pngs(folder, images):
+    """uint8 (N, H, W, C) as 000000.png ... in a folder that appears whole or not at all."""
+    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for i, image in enumerate(images):
+            (temporary / f"{i:06d}.png").write_bytes(data.png(image.repeat(3 // image.shape[2], 2)))
+        with suppress(FileNotFoundError):
+            folder.rmdir()  # it was empty
+        temporary.rename(folder)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise data.UserError(f"cannot write --png-dir {folder} ({data.why(e)}): make room, or name another") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

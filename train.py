@@ -318,21 +318,27 @@ class Noise:
         return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators]).to(like)
 
 
+def draw(*args, **options):
+    """What `batches` draws, as one tensor (n, *shape)."""
+    return torch.cat(list(batches(*args, **options)))
+
+
 @torch.no_grad()
-def draw(sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", conditional=None, **options):
-    """n samples (n, *shape) on the CPU, drawn `batch` at a time; `data_mean` is for samplers that start from a mean.
-    conditional: (m0, noise) -> another m0 and a condition for the sampler."""
-    out, takes = [], inspect.signature(sampler).parameters
+def batches(
+    sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", conditional=None, start=0, **options
+):
+    """Samples start ... n - 1 (B, *shape) on the CPU, `batch` at a time; `data_mean` is for samplers that start from a
+    mean. conditional: (m0, noise) -> another m0 and a condition for the sampler."""
+    takes = inspect.signature(sampler).parameters
     if "data_mean" not in takes or takes["data_mean"].default is None:
         options.pop("data_mean", None)
-    for i in range(0, n, batch):
+    for i in range(start, n, batch):
         noise = Noise(seed, range(i, min(i + batch, n)))
         extra = {"randn": noise} if "randn" in takes else {}
         m0 = noise.prior(process, shape).to(device)
         if conditional:
             m0, extra["condition"] = conditional(m0, noise)
-        out.append(sampler(process, net, m0, nfe, **options, **extra).float().cpu())
-    return torch.cat(out)
+        yield sampler(process, net, m0, nfe, **options, **extra).float().cpu()
 
 
 def finish(x, config):

@@ -12,6 +12,7 @@ distance is no FID and compares only with others in the same features.
 """
 
 import argparse
+import math
 import sys
 import warnings
 import zlib
@@ -87,13 +88,31 @@ def classifier(path, train, labels, test, test_labels, epochs=3):
     return lambda x: torch.cat([body(part) for part in x.split(1000)])
 
 
+def small_features(dataset, folder, epochs):
+    """uint8 (B, 3, H, W) -> features (B, 64) of the classifier of these data, which the folder keeps."""
+    epochs = epochs or max(3, 180_000 // len(dataset.train))
+    content = zlib.crc32(dataset.train_labels.numpy(), zlib.crc32(dataset.train.numpy()))
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = (x.expand(-1, 3, -1, -1) for x in (dataset.train, dataset.test))
+    path = folder / f"classifier-{content:08x}-{epochs}.pt"
+    net = classifier(path, train, dataset.train_labels, test, dataset.test_labels, epochs)
+    return lambda images: net(images / 127.5 - 1)
+
+
 def inception(path, device):
-    """uint8 (B, 3, H, W) -> features (B, D), by a TorchScript file."""
+    """uint8 (B, 3, H, W) -> features (B, D) of a TorchScript file, and D."""
+
+    @torch.no_grad()
+    def features(images):
+        return net(images.to(device), return_features=True).cpu()
+
     try:
         net = torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError, OSError) as e:
-        raise data.UserError(f"--features {path} is no TorchScript file ({data.why(e):.80}): fetch it again") from None
-    return lambda images: net(images.to(device), return_features=True).cpu()
+        (_, D) = features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape
+    except (RuntimeError, ValueError, OSError, AttributeError) as e:
+        wanted = "a TorchScript file that takes uint8 (B, 3, H, W) and return_features=True"
+        raise data.UserError(f"--features {path} is not {wanted} ({data.why(e):.80}): get it from NVIDIA") from None
+    return features, D
 
 
 def pictures(path):
@@ -118,7 +137,7 @@ def batches(source, size, shape=None):
 
 
 def stored(path):
-    """Moments of an .npz with `mu` and `sigma`; None for any other reference."""
+    """`moments` in an .npz of `mu` and `sigma`; None for any other reference."""
     if path.suffix != ".npz" or not path.is_file():
         return None
     try:
@@ -126,46 +145,68 @@ def stored(path):
             if not {"mu", "sigma"} <= set(file.files):
                 return None
             mu, sigma = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
+        if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not (mu.isfinite().all() and sigma.isfinite().all()):
+            raise ValueError(f"mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}, or not finite")
     except Exception as e:  # numpy and zipfile raise a dozen kinds
-        raise data.UserError(f"cannot read {path} ({data.why(e):.80}): fetch it again") from None
-    if mu.ndim != 1 or sigma.shape != (len(mu),) * 2 or not (mu.isfinite().all() and sigma.isfinite().all()):
-        raise data.UserError(f"{path} has mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)}: want finite (D,), (D, D)")
-    return math.nan, mu, sigma
+        raise data.UserError(f"cannot use {path} ({data.why(e):.80}): fetch it again") from None
+    return None, mu, sigma
 
 
 def score(args):
-    device, found, reference = train.pick_device(args.device), pictures(Path(args.samples)), stored(Path(args.ref))
-    size, images = None, None
+    device, samples, reference = train.pick_device(args.device), pictures(Path(args.samples)), stored(Path(args.ref))
+    dataset, images = None, samples[:0]
     if reference is None:
         dataset = data.load(args.ref, args.data_dir)
         if not dataset.is_image:
             raise data.UserError(f"--ref {args.ref} holds points: the distance is one of images")
         images = dataset.train if args.ref in data.NAMES else torch.cat([dataset.train, dataset.test])
-        size = images.shape[2:]
     if args.features:
-        features = inception(args.features, device)
-    elif images is None or dataset.train_labels is None:
+        features, D = inception(args.features, device)
+        if reference and len(reference[1]) != D:
+            raise data.UserError(
+                f"{args.ref} is of {len(reference[1])} features, {args.features} has {D}: not the same"
+            )
+    elif dataset is None or dataset.train_labels is None:
         raise data.UserError(f"--ref {args.ref} has no labels to train a classifier with: give --features FILE")
     else:
-        known = dataset.train.expand(-1, 3, -1, -1), dataset.train_labels
-        path = Path(args.out) / f"classifier-{zlib.crc32(known[1].numpy(), zlib.crc32(dataset.train.numpy())):08x}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        epochs = max(3, 180_000 // len(known[0]))
-        net = classifier(path, *known, dataset.test.expand(-1, 3, -1, -1), dataset.test_labels, epochs)
-        features = lambda x: net(x / 127.5 - 1)  # noqa: E731
+        features = small_features(dataset, Path(args.out), args.epochs)
+    if any(x.shape[1] == 1 for x in (samples, images) if isinstance(x, torch.Tensor)):
+        print("grey images are repeated to three channels")
 
-    def seen(source, kind):
-        with torch.no_grad():
-            parts = batches(source, args.batch, size)
-            return moments(features(part) for part in progress(parts, len(source), what=kind))
+    def seen(source, what, *shape):
+        return moments(map(features, progress(batches(source, args.batch, *shape), len(source), what=what)))
 
-    if reference is None:
-        reference = seen(images, "reference images")
-    found = seen(found, "samples")
-    n, D, against = found[0], len(found[1]), args.ref if images is None else f"the {len(images)} images of {args.ref}"
-    if D != len(reference[1]):
-        raise data.UserError(f"{args.ref} is of {len(reference[1])} features, the network has {D}: give its own file")
-    name = f"Fréchet distance in the features of {args.features or 'a small classifier'}"
-    if args.features and D == 2048:
-        name = f"FID ({args.features})"
-    print(f"{name}: {frechet(found, reference):.4f}, {n} samples against {against}")
+    reference = reference or seen(images, "reference images")
+    found = seen(samples, "samples", *([images.shape[2:]] if dataset else []))
+    title = "Fréchet distance in a small classifier's features"
+    if args.features:
+        title = "FID" if D == 2048 else f"Fréchet distance in the features of {args.features}"
+    against = f"{len(images)} images of {args.ref}" if dataset else args.ref
+    print(f"{title}: {frechet(found, reference):.4f}, of {found[0]} samples against {against}")
+    if found[0] < 10_000:
+        text = "samples are few, which raises the distance: compare equal numbers only; published FIDs are of 50,000"
+        warnings.warn(f"{found[0]} {text}", stacklevel=2)
+
+
+TOY = ["--epochs", "1"]  # what the tests append
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = partial(train.option, p)
+    p.add_argument("samples", help=".npz or .npy of uint8 images, or a folder of PNGs")
+    add("--ref", f"{', '.join(data.NAMES[4:])}, an .npz of images, or one of mu and sigma", required=True)
+    add("--data-dir", "folder or archive of the data set")
+    add("--features", "TorchScript file of the Inception network")
+    add("--batch", "images at a time", default=100)
+    add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
+    add("--out", "folder that keeps the classifier", default="runs/fid")
+    p.add_argument(
+        "--epochs", type=int, help="of the classifier; default: 180,000 images in all, three epochs at least"
+    )
+    p.error = train.refuse
+    train.run(lambda: score(train.read(p, sys.argv[1:] if argv is None else argv)))
+
+
+if __name__ == "__main__":
+    main()

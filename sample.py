@@ -214,10 +214,10 @@ def sample(args):
     with train.signals(lambda number, _: stop.append(number)):  # the samples may be the work of hours
         data.write_files(files)
         if args.png_dir:
-            files[args.png_dir] = None
             write_pngs(Path(args.png_dir), array)
         part.unlink(missing_ok=True)
-    wrote = f"wrote {' and '.join(map(str, files))}" + (f", which shows the first {shown}" if shown < n else "")
+    names = [*([args.png_dir] if args.png_dir else []), *map(str, files)]
+    wrote = f"wrote {' and '.join(names)}" + (f", which shows the first {shown}" if shown < n else "")
     if stop:
         raise train.Stopped(stop[0], f"stopped: {wrote}")
     print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")
@@ -230,23 +230,22 @@ def sample(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Many samples: kept in a part file while they are drawn
+# Many samples
 
 
-def part_file(args, out, path, n, device):
-    """Where batches are kept until all are drawn. Its name follows from all that the samples depend on, so that other
-    settings neither use nor lose them: the options, the device, and which files are read, by size and time."""
-    read = [os.stat(f) for f in (path, args.stroke, args.inpaint, args.mask) if f]
-    key = (sorted(vars(args).items()), n, str(device), str(path), [(f.st_size, f.st_mtime_ns) for f in read])
+def part_file(args, out, ckpt, n, device):
+    """Where batches are kept while others are drawn. All that the samples depend on is in the name, so that a command
+    with other settings neither uses nor loses them: options, device, and size and time of the files that are read."""
+    read = [os.stat(file) for file in (ckpt, args.stroke, args.inpaint, args.mask) if file]
+    key = (sorted(vars(args).items()), n, str(device), str(ckpt), [(file.st_size, file.st_mtime_ns) for file in read])
     return out / f"samples-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.part"
 
 
 def collect(drawn, config, n, batch, part):
-    """The n finished samples of drawn(start=...), which yields `batch` at a time, and how many of them an earlier call
-    has left. If they are more than a batch, `part` keeps them (points: in network units); the caller removes it."""
+    """The n finished samples that drawn(start=...) yields by the batch, and how many of them `part` had. It has all
+    whole batches so far (of points: in network units), unless one is all; the caller removes it."""
     C, *size = config["shape"]
-    array = np.empty((n, *size, C), np.uint8 if size else np.float32)
-    done, owned = 0, False
+    array, done, owned = np.empty((n, *size, C), np.uint8 if size else np.float32), 0, False
     try:
         with open(part, "a+b") if n > batch else io.BytesIO() as file:
             owned = data.lock(file)
@@ -257,19 +256,20 @@ def collect(drawn, config, n, batch, part):
             file.truncate(kept * array[0].nbytes)
             with closing(progress(drawn(start=kept), n, kept)) as parts:
                 for x in parts:
-                    finished = train.finish(x, config)
+                    finished, where = train.finish(x, config), slice(done, done + len(x))
                     if not x.isfinite().all() or not np.isfinite(finished).all():
-                        done, fix = 0, "try other --sampler, --rho or --t-end"
-                        raise data.UserError(f"samples are not finite, so nothing was written: {fix}")
-                    array[done : done + len(x)] = finished if size else x
-                    file.write(array[done : done + len(x)])
+                        done, text = 0, "samples are not finite, so nothing was written"
+                        raise data.UserError(f"{text}: try other --sampler, --rho or --t-end")
+                    array[where] = finished if size else x
+                    file.write(array[where])
                     file.flush()
-                    done += len(x)
+                    done = where.stop
     except OSError as e:
         raise data.UserError(f"cannot write {part} ({data.why(e)}): make room, or choose another --out") from None
     except train.Stopped as e:
-        kept = f"{done} of {n} samples are kept in {part}; the same command goes on"
-        raise train.Stopped(e.args[0], f"stopped: {kept}" if done and n > batch else e.args[1]) from None
+        if done and n > batch:
+            e.args = e.args[0], f"stopped: {done} of {n} samples are kept in {part}; the same command goes on"
+        raise
     finally:
         if owned and not done:
             part.unlink(missing_ok=True)
@@ -277,26 +277,27 @@ def collect(drawn, config, n, batch, part):
 
 
 def progress(parts, n, done=0, what="samples"):
-    """Passes parts on; from time to time a line on stderr says how many of the n rows in them are done, and how long
-    the rest takes."""
-    first, start, said = done, time.time(), 0
-    pause = 0.5 if sys.stderr.isatty() else 10
+    """Passes parts on; a line on stderr says how many of the n rows in them are done, and how long the rest takes."""
+    first, start, said, every = done, time.time(), 0, 0.5 if sys.stderr.isatty() else 10  # seconds
+
+    def say(text):
+        with suppress(OSError, ValueError):  # a lost terminal ends nothing
+            print(text, end="", file=sys.stderr, flush=True)
+
     try:
         for part in parts:
             yield part
-            done, now = done + len(part), time.time()
-            if now - max(start, said) > pause and done < n:
-                left, said = (now - start) / (done - first) * (n - done) / 60, now
-                with suppress(OSError, ValueError):
-                    print(f"\r{done} of {n} {what}, {left:.1f} minutes left ", end="", file=sys.stderr, flush=True)
+            done, spent = done + len(part), time.time() - start
+            if spent // every > said and done < n:
+                said = spent // every
+                say(f"\r{done} of {n} {what}, {spent / (done - first) * (n - done) / 60:.1f} minutes left ")
     finally:
         if said:
-            with suppress(OSError, ValueError):
-                print(file=sys.stderr)
+            say("\n")
 
 
 def write_pngs(folder, images):
-    """uint8 (N, H, W, C) as 000000.png ... in a folder that appears whole or not at all."""
+    """uint8 (N, H, W, C) as 000000.png ... in a new folder, which appears whole or not at all."""
     temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -461,7 +462,8 @@ def print_nll(args, config, method, process, net, device):
     """
     if not hasattr(method, "log_likelihood_bound"):
         raise data.UserError("--nll needs a HOLD checkpoint, or a denoiser with --method hold: AGM has none here")
-    asked = [flag for flag in ("sampler", *OPTIONS, "class", "stroke", "inpaint") if getattr(args, flag) is not None]
+    draws = ("sampler", *OPTIONS, "class", "stroke", "inpaint", "png_dir")
+    asked = [flag.replace("_", "-") for flag in draws if getattr(args, flag) is not None]
     if asked:
         raise data.UserError(f"--nll follows a flow of its own and draws nothing: leave out --{asked[0]}")
     dataset = data.load(args.data or config["data"], args.data_dir or config["data_dir"])

@@ -2407,6 +2407,100 @@ def test_resume_knows_the_data_by_their_content(folder):
     train.main("--resume --out digits --mult 1 2 --lr 2e-3 --no-flip --steps 7".split())
 
 
+# -- a score, and many samples
+
+
+def newton_root(A):
+    """The square root of a matrix with positive eigenvalues, by Denman and Beavers' iteration."""
+    Y, Z = A, torch.eye(len(A), dtype=F64)
+    for _ in range(40):
+        Y, Z = (Y + torch.linalg.inv(Z)) / 2, (Z + torch.linalg.inv(Y)) / 2
+    return Y
+
+
+def test_frechet_distance_against_independent_numerics():
+    fid, (D, n, m) = load_bench("bench/fid.py"), (12, 300, 500)
+    mixing = randn64(0, 2, D, D)
+    a, b = 5 + randn64(1, n, D) @ mixing[0], 5.5 + randn64(2, m, D) @ mixing[1]
+    (k, mu, A), (_, nu, B) = fid.moments(a.split(70)), fid.moments([b])
+    assert k == n and worst(mu, a.numpy().mean(0)) < 1e-13 and worst(A, np.cov(a.numpy().T)) < 1e-12
+    far = fid.moments((a + 1e6).float().double().split(70))  # what is common to all samples costs no digits
+    assert worst(far[2], np.cov((a + 1e6).float().double().numpy().T)) < 1e-9
+    apart = (mu - nu).square().sum() + A.trace() + B.trace()
+    found = fid.frechet((n, mu, A), (m, nu, B))
+    assert abs(found - (apart - 2 * newton_root(A @ B).trace())) < 1e-9 * found
+    assert abs(found - (apart - 2 * torch.linalg.eigvals(A @ B).sqrt().sum().real)) < 1e-9 * found
+    assert abs(fid.frechet((m, nu, B), (n, mu, A)) - found) < 1e-10 * found
+    s, t, V = randn64(3, D).square(), randn64(4, D).square(), torch.linalg.qr(mixing[0])[0]  # they commute
+    closed = (mu - nu).square().sum() + (s.sqrt() - t.sqrt()).square().sum()
+    assert abs(fid.frechet((n, mu, V * s @ V.mT), (m, nu, V * t @ V.mT)) - closed) < 1e-9
+
+
+@pytest.mark.parametrize(("n", "m"), [(100, 150), (100, 1000), (2, 1000), (2, 2)])
+def test_frechet_distance_with_fewer_samples_than_features(n, m):
+    """Then tr (A B)^(1/2) is the sum of the singular values of X Y^T / ((n - 1) (m - 1))^(1/2), X and Y centred."""
+    fid, D = load_bench("bench/fid.py"), 400
+    scale = 10 ** torch.linspace(0, -3, D, dtype=F64)
+    a, b = randn64(1, n, D) * scale, 0.1 + randn64(2, m, D) * scale
+    X, Y = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+    exact = (a.mean(0) - b.mean(0)).square().sum() + X.square().sum() + Y.square().sum()
+    exact -= 2 * torch.linalg.svdvals(X @ Y.mT).sum()
+    A, B = fid.moments(a.split(30)), fid.moments([b])
+    assert abs(fid.frechet(A, B) - exact) < 1e-6 * exact
+    assert abs(fid.frechet(A, A)) < 1e-6
+
+
+class Flat(torch.nn.Module):
+    """Stands in for the Inception network: as many features, linear in the pixels, and it wants what that wants."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(D, 3 * 64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: torch.Tensor, return_features: bool = False):
+        assert return_features and x.dtype == torch.uint8 and x.shape[1] == 3
+        return torch.nn.functional.adaptive_avg_pool2d(x / 255, 8).flatten(1) @ self.weight.T
+
+
+@pytest.fixture
+def score(folder, capsys):
+    """bench/fid.py -> (what it says, the distance)."""
+    (folder / "networks").mkdir()
+    for D in (2048, 40):
+        torch.jit.script(Flat(D)).save(f"networks/{D}.pt")
+
+    def run(*argv):
+        capsys.readouterr()
+        load_bench("bench/fid.py").main(list(map(str, argv)))
+        said = capsys.readouterr()
+        return said.out + said.err, float(re.search(r": (-?[\d.]+), of", said.out)[1])
+
+    return run
+
+
+def test_fid_of_arrays_pngs_data_sets_and_stored_moments_is_one(folder, score):
+    images = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), np.uint8)
+    np.savez("samples.npz", arr_0=images[:200] // 2)
+    sample.write_pngs(folder / "a" / "pngs", images[:200] // 2)
+    np.save("data.npy", images)
+    options = ["--features", "networks/2048.pt", "--batch", "70", "--device", "cpu"]
+    said, found = score("samples.npz", "--ref", "data.npy", *options)
+    assert said.startswith("grey images are repeated to three channels\nFID: ")
+    assert "of 200 samples against 300 images of data.npy" in said and "warning" not in said
+    net = Flat(2048).weight.detach().double().numpy()
+    f, g = (
+        np.repeat(x / 255, 3, 3).transpose(0, 3, 1, 2).reshape(len(x), -1) @ net.T for x in (images[:200] // 2, images)
+    )
+    X, Y = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (f, g))
+    exact = np.square(f.mean(0) - g.mean(0)).sum() + np.square(X).sum() + np.square(Y).sum()
+    exact -= 2 * np.linalg.svd(X @ Y.T, compute_uv=False).sum()
+    assert abs(found / exact - 1) < 1e-6
+    np.savez("ref.npz", mu=g.mean(0), sigma=np.cov(g.T))
+    for source, ref in (("a", "data.npy"), ("samples.npz", "ref.npz")):
+        said, again = score(source, "--ref", ref, *options)
+        assert "FID: " in said and abs(again / exact - 1) < 1e-6
+
+
 # -- one line for every mistake
 
 

@@ -12,7 +12,6 @@ distance is no FID and compares only with others in the same features.
 """
 
 import argparse
-import math
 import sys
 import warnings
 import zlib

@@ -180,8 +180,9 @@ def sample(args):
     out, shape = Path(args.out) if args.out else path.parent, tuple(config["shape"])
     given = conditional(args, method, process, shape, device)
     n, label, mean = labels(args, config)
-    if args.png_dir and (len(shape) != 3 or (os.path.exists(args.png_dir) and os.listdir(args.png_dir))):
-        raise data.UserError(f"--png-dir {args.png_dir} must be a new or empty folder, and the network one of images")
+    pngs = Path(args.png_dir) if args.png_dir else None
+    if pngs and (len(shape) != 3 or (pngs.exists() and not (pngs.is_dir() and not any(pngs.iterdir())))):
+        raise data.UserError(f"--png-dir {pngs} must be a new or empty folder, and the network one of images")
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # before the work is done; it has no name
@@ -213,11 +214,12 @@ def sample(args):
     stop = []
     with train.signals(lambda number, _: stop.append(number)):  # the samples may be the work of hours
         data.write_files(files)
-        if args.png_dir:
-            write_pngs(Path(args.png_dir), array)
+        if pngs:
+            write_pngs(pngs, array)
         part.unlink(missing_ok=True)
-    names = [*([args.png_dir] if args.png_dir else []), *map(str, files)]
-    wrote = f"wrote {' and '.join(names)}" + (f", which shows the first {shown}" if shown < n else "")
+    wrote = f"wrote {' and '.join(map(str, [*filter(None, [pngs]), *files]))}" + (
+        f", which shows the first {shown}" if shown < n else ""
+    )
     if stop:
         raise train.Stopped(stop[0], f"stopped: {wrote}")
     print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")
@@ -254,6 +256,8 @@ def collect(drawn, config, n, batch, part):
             file.seek(0)
             done = kept = file.readinto(array) // (batch * array[0].nbytes) * batch  # without a batch that was cut
             file.truncate(kept * array[0].nbytes)
+            if kept:
+                print(f"going on after {kept} samples in {part}", flush=True)
             with closing(progress(drawn(start=kept), n, kept)) as parts:
                 for x in parts:
                     finished, where = train.finish(x, config), slice(done, done + len(x))

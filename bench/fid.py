@@ -106,7 +106,9 @@ def inception(path, device):
         return net(images.to(device), return_features=True).cpu()
 
     try:
-        net = torch.jit.load(path, map_location=device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but the public network comes in it
+            net = torch.jit.load(path, map_location=device).eval()
         (_, D) = features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape
     except (RuntimeError, ValueError, OSError, AttributeError) as e:
         wanted = "a TorchScript file that takes uint8 (B, 3, H, W) and return_features=True"

@@ -2,7 +2,7 @@
 
 python sample.py                                   the newest run under runs/, 64 samples, 20 network calls
 python sample.py --ckpt runs/agm-digits/ckpt.pt --sampler splitting --nfe 50 --n 1000 --out samples
-python sample.py --n 50000 --png-dir samples        one file a sample, for other evaluators; the same command goes on
+python sample.py --n 50000 --png-dir pngs          a file each for other evaluators; after a stop it goes on
 python sample.py --sampler ode --eta 0.5 --nfe 20  with fresh noise injected on the way
 python sample.py --method hold --order 3           the newest run, if it is a denoiser, with another process
 python sample.py --class all --guidance 1.5        rows of each class, of a run with --classes
@@ -181,13 +181,14 @@ def sample(args):
     given = conditional(args, method, process, shape, device)
     n, label, mean = labels(args, config)
     pngs = Path(args.png_dir) if args.png_dir else None
-    if pngs and (len(shape) != 3 or (pngs.exists() and not (pngs.is_dir() and not any(pngs.iterdir())))):
+    if pngs and (len(shape) != 3 or pngs.is_file() or (pngs.is_dir() and any(pngs.iterdir()))):
         raise data.UserError(f"--png-dir {pngs} must be a new or empty folder, and the network one of images")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # before the work is done; it has no name
-    except OSError as e:
-        raise data.UserError(f"cannot write to {out} ({e.strerror}): choose another --out") from None
+    for flag, folder in [("--out", out), *([("--png-dir", pngs)] if pngs else [])]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # before the work is done; it has no name
+        except OSError as e:
+            raise data.UserError(f"cannot write to {folder} ({e.strerror}): choose another {flag}") from None
 
     calls = 0
 
@@ -217,9 +218,8 @@ def sample(args):
         if pngs:
             write_pngs(pngs, array)
         part.unlink(missing_ok=True)
-    wrote = f"wrote {' and '.join(map(str, [*filter(None, [pngs]), *files]))}" + (
-        f", which shows the first {shown}" if shown < n else ""
-    )
+    names = " and ".join(map(str, [pngs, *files] if pngs else files))
+    wrote = f"wrote {names}" + (f", which shows the first {shown}" if shown < n else "")
     if stop:
         raise train.Stopped(stop[0], f"stopped: {wrote}")
     print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")
@@ -244,8 +244,8 @@ def part_file(args, out, ckpt, n, device):
 
 
 def collect(drawn, config, n, batch, part):
-    """The n finished samples that drawn(start=...) yields by the batch, and how many of them `part` had. It has all
-    whole batches so far (of points: in network units), unless one is all; the caller removes it."""
+    """The n finished samples that drawn(start=...) yields by the batch, and how many of them were in `part`, a file to
+    which each batch is added (points in network units) if there are several. The caller removes it."""
     C, *size = config["shape"]
     array, done, owned = np.empty((n, *size, C), np.uint8 if size else np.float32), 0, False
     try:
@@ -301,14 +301,13 @@ def progress(parts, n, done=0, what="samples"):
 
 
 def write_pngs(folder, images):
-    """uint8 (N, H, W, C) as 000000.png ... in a new folder, which appears whole or not at all."""
+    """uint8 (N, H, W, C) as 000000.png ... in a folder that is empty now: all of them at once, or none."""
     temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
         for i, image in enumerate(images):
             (temporary / f"{i:06d}.png").write_bytes(data.png(image.repeat(3 // image.shape[2], 2)))
-        with suppress(FileNotFoundError):
-            folder.rmdir()  # it was empty
+        folder.rmdir()
         temporary.rename(folder)
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)

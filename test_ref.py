@@ -2485,6 +2485,7 @@ def test_the_score_of_arrays_pngs_and_stored_moments_is_one(folder, score):
     drawn = images[:200] // 2
     np.savez("samples.npz", arr_0=drawn)
     np.save("data.npy", images)
+    Path("a/b").mkdir(parents=True)
     sample.write_pngs(Path("a/b"), drawn)
     for D, title in ((2048, "FID"), (40, "Fréchet distance in the features of 40.pt")):
         net = Flat(D).weight.detach().double().numpy()
@@ -2540,7 +2541,7 @@ def test_a_small_classifiers_distance_is_not_called_fid(folder, score, recwarn):
         ("fine.npy --ref ref.npz", "no labels to train a classifier with: give --features"),
         ("fine.npy --ref cut.npz --features 40.pt", "cannot use cut.npz"),
         ("fine.npy --ref bad.npz --features 40.pt", "cannot use bad.npz (mu (40,) and sigma (40, 3)"),
-        ("fine.npy --ref ref.npz --features 2048.pt", "ref.npz is of 40 features, 2048.pt has 2048"),
+        ("fine.npy --ref ref.npz --features 2048.pt", "ref.npz has 40 features, 2048.pt 2048"),
         ("fine.npy --ref digits --features none.pt", "--features none.pt is not a TorchScript file"),
         ("fine.npy --ref digits --features fine.npy", "--features fine.npy is not a TorchScript file"),
         ("fine.npy --ref digits --features other.pt", "--features other.pt is not a TorchScript file"),
@@ -2552,8 +2553,9 @@ def test_what_cannot_be_scored_is_one_line(score, folder, argv, words):
         np.save(f"{name}.npy", np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     np.save("points.npy", np.ones((9, 2)))
     Path("empty").mkdir()
-    sample.write_pngs(Path("odd/a"), np.zeros((3, 8, 8, 1), np.uint8))
-    sample.write_pngs(Path("odd/b"), np.zeros((3, 9, 8, 3), np.uint8))
+    for name, shape in {"odd/a": (3, 8, 8, 1), "odd/b": (3, 9, 8, 3)}.items():
+        Path(name).mkdir(parents=True)
+        sample.write_pngs(Path(name), np.zeros(shape, np.uint8))
     np.savez("ref.npz", mu=np.zeros(40), sigma=np.eye(40))
     np.savez("bad.npz", mu=np.zeros(40), sigma=np.ones((40, 3)))
     Path("cut.npz").write_bytes(Path("ref.npz").read_bytes()[:-30])
@@ -2606,18 +2608,19 @@ def test_a_stopped_command_goes_on_and_gives_the_samples_of_one_run(folder, monk
 
 
 def test_samples_go_on_after_a_kill(toy, folder):
-    options = ["--ckpt", str(toy / "denoiser/ckpt.pt"), *"--nfe 3 --n 20000 --batch 16 --out here".split()]
-    running = subprocess.Popen([sys.executable, str(HERE / "sample.py"), *options])
-    while not (kept := [p for p in Path("here").glob("*.part") if p.stat().st_size > 16 * 64]):
-        assert running.poll() is None
-    running.kill()
-    running.wait()
-    size = kept[0].stat().st_size
-    assert os.listdir("here") == [kept[0].name] and size < 20000 * 64
-    sample.main(options)
-    here = np.load("here/samples.npz")["arr_0"]
-    sample.main([*options, "--out", "whole"])
-    assert here.tobytes() == np.load("whole/samples.npz")["arr_0"].tobytes() and not kept[0].exists()
+    options = ["--ckpt", str(toy / "denoiser/ckpt.pt"), *"--nfe 3 --n 50 --batch 8 --out".split()]
+    script = f"""if True:
+        import itertools, os, sys; sys.path.insert(0, {str(HERE)!r}); import sample, train
+        calls, prior = itertools.count(1), train.Noise.prior
+        train.Noise.prior = lambda *a: os.kill(os.getpid(), 9) if next(calls) == 4 else prior(*a)
+        sample.main({[*options, "cut"]!r})"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    (part,) = Path("cut").iterdir()
+    assert part.stat().st_size == 3 * 8 * 64
+    for out in ("cut", "whole"):
+        sample.main([*options, out])
+    whole, cut = (np.load(f"{out}/samples.npz")["arr_0"] for out in ("whole", "cut"))
+    assert whole.tobytes() == cut.tobytes() and not part.exists()
 
 
 def test_what_goes_wrong_with_a_part_is_one_line_and_keeps_what_is_there(toy, folder, monkeypatch, capsys):
@@ -2676,8 +2679,9 @@ def test_png_dir_has_a_file_a_sample_of_three_channels(toy, folder, monkeypatch)
         assert "cannot write --png-dir other" in refused(
             sample, *options[:4], *"--n 2 --out new --png-dir other".split()
         )
-    assert {p: v for p, v in snapshot(folder).items() if p in before} == before and not Path("other").exists()
-    assert not list(folder.glob("*.tmp"))
+    assert {p: v for p, v in snapshot(folder).items() if p in before} == before
+    assert not os.listdir("other") and not list(folder.glob("*.tmp"))
+    assert "choose another --png-dir" in refused(sample, *options, "here/samples.npz/deeper")
 
 
 # -- one line for every mistake

@@ -164,9 +164,7 @@ def score(args):
     if args.features:
         features, D = inception(args.features, device)
         if reference and len(reference[1]) != D:
-            raise data.UserError(
-                f"{args.ref} is of {len(reference[1])} features, {args.features} has {D}: not the same"
-            )
+            raise data.UserError(f"{args.ref} has {len(reference[1])} features, {args.features} {D}: they differ")
     elif dataset is None or dataset.train_labels is None:
         raise data.UserError(f"--ref {args.ref} has no labels to train a classifier with: give --features FILE")
     else:
@@ -177,8 +175,8 @@ def score(args):
     def seen(source, what, *shape):
         return moments(map(features, progress(batches(source, args.batch, *shape), len(source), what=what)))
 
-    reference = reference or seen(images, "reference images")
     found = seen(samples, "samples", *([images.shape[2:]] if dataset else []))
+    reference = reference or seen(images, "reference images")
     title = "Fréchet distance in a small classifier's features"
     if args.features:
         title = "FID" if D == 2048 else f"Fréchet distance in the features of {args.features}"
@@ -202,9 +200,7 @@ def main(argv=None):
     add("--batch", "images at a time", default=100)
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
     add("--out", "folder that keeps the classifier", default="runs/fid")
-    p.add_argument(
-        "--epochs", type=int, help="of the classifier; default: 180,000 images in all, three epochs at least"
-    )
+    p.add_argument("--epochs", type=int, help="of the classifier; default: 180,000 images in all, at least 3 epochs")
     p.error = train.refuse
     train.run(lambda: score(train.read(p, sys.argv[1:] if argv is None else argv)))
 

@@ -95,8 +95,8 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     dataset = data.load(args.data, args.data_dir)
     train, test = small(dataset.train), small(dataset.test)
-    file = folder / f"{args.data}.npy"
-    np.save(file, train.permute(0, 2, 3, 1).numpy())
+    file = folder / f"{args.data}.npz"
+    np.savez(file, images=train.permute(0, 2, 3, 1).numpy(), labels=dataset.train_labels.numpy())
     features = classifier(
         folder / f"{args.data}-classifier.pt", train, dataset.train_labels, test, dataset.test_labels, args.epochs
     )

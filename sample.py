@@ -45,7 +45,13 @@ NEEDS = {
     "guidance": ("class", 1.0),
     **{"inject": ("stroke", "dyn"), "share": ("stroke", 0.25)},
     **{"mask": ("inpaint", None), "shrink": ("inpaint", None), "rule": ("inpaint", "covariance")},
-    **{"passes": ("inpaint", 2), "tol": ("nll", 1e-4), "data": ("nll", None), "data_dir": ("nll", None)},
+    **{
+        "passes": ("inpaint", 2),
+        "noise": ("inpaint", 0.0),
+        "tol": ("nll", 1e-4),
+        "data": ("nll", None),
+        "data_dir": ("nll", None),
+    },
 }
 
 
@@ -72,6 +78,7 @@ def parser():
     add("--shrink", "inpaint: the means of blocks of this size are known (super-resolution)")
     add("--rule", "inpaint: by the posterior covariance (default), or by redrawing v as in AGM's paper")
     add("--passes", "inpaint: backward passes a call, steps of conjugate gradients; default: 2")
+    add("--noise", "inpaint: what is known has noise of that standard deviation, in grey levels of 255; default: 0")
     add("--seed", "sample i is the same for every --n and --batch", default=0)
     add("--batch", "samples at a time", default=256)
     p.add_argument("--raw", action="store_true", help="draw with the raw weights, not with their average (EMA)")
@@ -327,12 +334,12 @@ def observation(mask=None, shrink=1):
     return (lambda x: avg_pool2d(x, shrink)), (lambda c: c.repeat_interleave(shrink, -1).repeat_interleave(shrink, -2))
 
 
-def by_covariance(method, see, fill, known, steps=2):
-    """The posterior mean given see(x) = known, exact for Gaussian data (moment matching, Rozet et al. 2024).
+def by_covariance(method, see, fill, known, steps=2, noise=0.0):
+    """The posterior mean given known = see(x) + noise, exact for Gaussian data (moment matching, Rozet et al. 2024).
 
-    With J = dD/dy, Cov[x | y] = sigma^2 J (Tweedie), so x = D + J H^T (H J H^T)^-1 (known - H D), H = see, by `steps`
-    of conjugate gradients; each costs a backward pass, as J is taken for symmetric. The rest of known - H x is filled
-    in.
+    With J = dD/dy, Cov[x | y] = sigma^2 J (Tweedie), so x = D + J H^T (H J H^T + noise^2/sigma^2)^-1 (known - H D),
+    H = see, by `steps` of conjugate gradients; each costs a backward pass, as J is taken for symmetric. Without noise
+    the rest of known - H x is filled in. noise: its standard deviation, times k where fill is k^2 H^T.
     """
 
     def dot(a, b):
@@ -347,12 +354,14 @@ def by_covariance(method, see, fill, known, steps=2):
         p, size = rest, dot(rest, rest)
         for _ in range(steps):
             (Jp,) = torch.autograd.grad(D, y, fill(p), retain_graph=True)
-            curvature = dot(p, see(Jp))
+            Ap = see(Jp) + noise**2 * float(snr.sqrt()) * p  # y is in units of sigma, so Jp is sigma J H^T p
+            curvature = dot(p, Ap)
             step = torch.where(curvature > 0, size / curvature, 0.0).nan_to_num(posinf=0.0)  # J is a network's
-            x, rest, before = x + step * Jp, rest - step * see(Jp), size
+            x, rest, before = x + step * Jp, rest - step * Ap, size
             size = dot(rest, rest)
             p = rest + (size / before).nan_to_num() * p
-        return (x + fill(known - see(x))).clamp(-process.bound, process.bound), m
+        x = x if noise else x + fill(known - see(x))
+        return x.clamp(-process.bound, process.bound), m
 
     return condition
 
@@ -447,10 +456,13 @@ def conditional(args, method, process, shape, device):
         raise data.UserError(f"--inpaint {args.inpaint} has shape {tuple(picture.shape)}, the network draws {shape}")
     known = see(picture[None]) if picture.shape == shape else picture[None]
     if args.rule == "paper":
+        if args.noise:
+            raise data.UserError("--noise is for the rule by covariance: leave out --rule paper, or --noise")
         return lambda m0, randn: (m0, by_redrawing(method, see, fill, known, randn))
     if process.param != "denoiser":
         raise data.UserError("the rule by covariance needs a denoiser: --rule paper, or another --ckpt")
-    return lambda m0, randn: (m0, by_covariance(method, see, fill, known, args.passes))
+    noise = args.noise / 127.5 * (args.shrink or 1)
+    return lambda m0, randn: (m0, by_covariance(method, see, fill, known, args.passes, noise))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ LIMITS = {
     **dict(sde=(False, True), classes=(False, True), labels=(0, 10**4), guidance=(0.0, 100.0)),
     **dict(order=(1, 8), seed=(0, 2**32 - 1)),  # HOLD is tested up to order 8
     **dict(nfe=(1, 10**5), n=(1, 10**7), rho=(0.01, 100.0), t_end=(0.0, 100.0), multistep=(1, 4), eta=(0.0, 10.0)),
-    **dict(share=(0.0, 1.0), shrink=(2, 4096), passes=(1, 100)),
+    **dict(share=(0.0, 1.0), shrink=(2, 4096), passes=(1, 100), noise=(0.0, 255.0)),
     **dict(tol=(1e-12, 1.0), shape=(1, 65536), shift=(-1e300, 1e300), scale=(1e-300, 1e300)),
     **dict.fromkeys(("std", "bound"), (1e-9, 1e9)),
 }

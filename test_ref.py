@@ -176,7 +176,8 @@ def target_of(P, x, m, t):
     """What the paper's network is to return at m if the data are x: F/s or eps_n."""
     if isinstance(P, AGM):
         return agm_ref.acceleration(P, x, m, t) / agm_ref.scale(P, t)
-    return hold_ref.noise(P, x, m, t)
+    w, b = hold_ref.affine(P, t)
+    return hold_ref.mix(w[None], m) + float(b) * x
 
 
 GAUSSIAN = Mixture([1.0], [[0.4, -0.7]], 0.5)

@@ -5,8 +5,8 @@
     python bench/fid.py runs/agm-digits/samples.npz --ref digits
 
 Samples are uint8 images in an .npz or .npy, as sample.py writes them, or a folder of PNGs. The reference is a data set
-of data.py (its training images), an .npz of images, or one of `mu` and `sigma`, as EDM's fid-refs are. The network is
-the TorchScript Inception of StyleGAN and EDM, called as net(uint8 (B, 3, H, W), return_features=True); grey images are
+of data.py (its training images), an .npz of images (all), or one of `mu` and `sigma`, as EDM's fid-refs are. The
+network is StyleGAN2's and EDM's Inception, called as net(uint8 (B, 3, H, W), return_features=True); grey images are
 repeated to three channels. Without it a small classifier is trained on the reference's labels and kept in --out: its
 distance is no FID and compares only with others in the same features.
 """
@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import train
 from sample import progress, read_picture
+
+NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 
 def moments(parts):
@@ -112,7 +114,7 @@ def inception(path, device):
         (_, D) = features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape
     except (RuntimeError, ValueError, OSError, AttributeError) as e:
         wanted = "a TorchScript file that takes uint8 (B, 3, H, W) and return_features=True"
-        raise data.UserError(f"--features {path} is not {wanted} ({data.why(e):.80}): get it from NVIDIA") from None
+        raise data.UserError(f"--features {path} is not {wanted} ({data.why(e):.80}): get {NVIDIA}") from None
     return features, D
 
 

@@ -36,7 +36,7 @@ from torch.nn.functional import avg_pool2d
 
 import data
 import train
-from train import Noise, batches, draw, option, run  # noqa: F401
+from train import Noise, batches, option, run  # noqa: F401
 
 OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "multistep", "eta": "eta"}  # command line -> sampler's keyword
 

@@ -2589,9 +2589,7 @@ class Flat(torch.nn.Module):
 def score(folder, capsys, monkeypatch):
     """Runs bench/fid.py -> what it says, and the distance. There are networks of 40 and 2048 features."""
     if importlib.util.find_spec("PIL") is None:  # which is not required
-        monkeypatch.setattr(
-            sample, "read_picture", lambda p, *_: torch.from_numpy(read_png(Path(p)).transpose(2, 0, 1))
-        )
+        monkeypatch.setattr(sample, "read_picture", lambda p, *_: torch.tensor(read_png(Path(p)).transpose(2, 0, 1)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is no longer developed
         for D in (40, 2048):

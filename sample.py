@@ -188,8 +188,10 @@ def sample(args):
     given = conditional(args, method, process, shape, device)
     n, label, mean = labels(args, config)
     pngs = Path(args.png_dir) if args.png_dir else None
-    if pngs and (len(shape) != 3 or pngs.is_file() or (pngs.is_dir() and any(pngs.iterdir()))):
-        raise data.UserError(f"--png-dir {pngs} must be a new or empty folder, and the network one of images")
+    if pngs and (any(pngs.glob("*")) or out.resolve().is_relative_to(pngs.resolve())):
+        raise data.UserError(f"--png-dir {pngs} must be new or empty, and another folder than that of --out")
+    if pngs and len(shape) != 3:
+        raise data.UserError("--png-dir wants a network of images, this one draws points: leave it out")
     for flag, folder in [("--out", out), *([("--png-dir", pngs)] if pngs else [])]:
         try:
             folder.mkdir(parents=True, exist_ok=True)

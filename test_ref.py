@@ -2794,10 +2794,11 @@ def test_png_dir_has_a_file_a_sample_of_three_channels(toy, folder, monkeypatch)
         assert all((read_png(Path(name, f"00000{i}.png")) == x[i]).all() for i in range(5))
         assert read_png(Path(name, "000000.png")).shape == (8, 8, 3)
     before = snapshot(folder)
-    for name in ("there", "here/samples.npz"):
-        assert "must be a new or empty folder" in refused(sample, *options, name)
+    for name in ("there", "here", "."):
+        assert "must be new or empty" in refused(sample, *options, name)
+    assert "another folder than" in refused(sample, *options[:-2], "fresh/a", "--png-dir", "fresh")
     train.main([*TOY, "--data", "gmm", "--out", "points"])
-    assert "of images" in refused(sample, "--ckpt", "points/ckpt.pt", "--png-dir", "other")
+    assert "wants a network of images" in refused(sample, "--ckpt", "points/ckpt.pt", "--png-dir", "other")
     assert "leave out --png-dir" in refused(sample, "--ckpt", str(toy / "hold/ckpt.pt"), "--nll", "--png-dir", "other")
     monkeypatch.setattr(data, "write_files", lambda files: None)
     with full_disk():
@@ -2806,7 +2807,8 @@ def test_png_dir_has_a_file_a_sample_of_three_channels(toy, folder, monkeypatch)
         )
     assert {p: v for p, v in snapshot(folder).items() if p in before} == before
     assert not os.listdir("other") and not list(folder.glob("*.tmp"))
-    assert "choose another --png-dir" in refused(sample, *options, "here/samples.npz/deeper")
+    for name in ("here/samples.npz", "here/samples.npz/deeper"):
+        assert "choose another --png-dir" in refused(sample, *options, name)
 
 
 # -- one line for every mistake

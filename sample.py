@@ -2,6 +2,7 @@
 
 python sample.py                                   the newest run under runs/, 64 samples, 20 network calls
 python sample.py --ckpt runs/agm-digits/ckpt.pt --sampler splitting --nfe 50 --n 1000 --out samples
+python sample.py --n 50000 --png-dir pngs          a file each for other evaluators; after a stop it goes on
 python sample.py --sampler ode --eta 0.5 --nfe 20  with fresh noise injected on the way
 python sample.py --method hold --order 3           the newest run, if it is a denoiser, with another process
 python sample.py --class all --guidance 1.5        rows of each class, of a run with --classes
@@ -15,11 +16,17 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends without a traceback
 
 import argparse
+import hashlib
 import inspect
+import io
 import math
+import os
+import secrets
+import shutil
 import sys
 import tempfile
 import time
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +36,7 @@ from torch.nn.functional import avg_pool2d
 
 import data
 import train
-from train import Noise, draw, option, run  # noqa: F401
+from train import Noise, batches, option, run  # noqa: F401
 
 OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "multistep", "eta": "eta"}  # command line -> sampler's keyword
 
@@ -85,6 +92,7 @@ def parser():
     p.add_argument("--compile", action="store_true", help="compile the net: faster calls after a start of a minute")
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
     add("--out", "folder for the results; default: the checkpoint's")
+    add("--png-dir", "new folder for one PNG a sample: 000000.png ..., RGB even of grey, as evaluators want it")
     p.error = train.refuse
     return p
 
@@ -181,11 +189,17 @@ def sample(args):
     out, shape = Path(args.out) if args.out else path.parent, tuple(config["shape"])
     given = conditional(args, method, process, shape, device)
     n, label, mean = labels(args, config)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # before the work is done; it has no name
-    except OSError as e:
-        raise data.UserError(f"cannot write to {out} ({e.strerror}): choose another --out") from None
+    pngs = Path(args.png_dir) if args.png_dir else None
+    if pngs and (any(pngs.glob("*")) or out.resolve().is_relative_to(pngs.resolve())):
+        raise data.UserError(f"--png-dir {pngs} must be new or empty, and another folder than that of --out")
+    if pngs and len(shape) != 3:
+        raise data.UserError("--png-dir wants a network of images, this one draws points: leave it out")
+    for flag, folder in [("--out", out), *([("--png-dir", pngs)] if pngs else [])]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # before the work is done; it has no name
+        except OSError as e:
+            raise data.UserError(f"cannot write to {folder} ({e.strerror}): choose another {flag}") from None
 
     calls, net = 0, torch.compile(net) if args.compile else net
 
@@ -198,11 +212,10 @@ def sample(args):
     start, guided = time.time(), counted if label is None else guide(counted, args.guidance)
     options_of_draw = dict(seed=args.seed, batch=args.batch, device=device, conditional=given, label=label)
     options_of_draw["data_mean"] = None if given else mean  # where something is given, the mean is another
-    x = draw(sampler, process, guided, shape, n, args.nfe, **options_of_draw, **options)
+    drawn = partial(batches, sampler, process, guided, shape, n, args.nfe, **options_of_draw, **options)
+    part = part_file(args, out, path, n, device)
+    array, kept = collect(drawn, config, n, args.batch, part)
     seconds = time.time() - start
-    array = train.finish(x, config)
-    if not x.isfinite().all() or not np.isfinite(array).all():
-        raise data.UserError("samples are not finite, so nothing was written: try other --sampler, --rho or --t-end")
     shown = min(n, 1024, max(1, 2**26 // math.prod(shape))) if len(shape) == 3 else n  # readers refuse huge pictures
     classes = {} if label is None else {"labels": label.numpy()}
     files = {out / "samples.npz": partial(np.savez_compressed, arr_0=array, **classes)}
@@ -214,16 +227,103 @@ def sample(args):
     stop = []
     with train.signals(lambda number, _: stop.append(number)):  # the samples may be the work of hours
         data.write_files(files)
-    wrote = f"wrote {' and '.join(map(str, files))}" + (f", which shows the first {shown}" if shown < n else "")
+        if pngs:
+            write_pngs(pngs, array)
+        part.unlink(missing_ok=True)
+    names = " and ".join(map(str, [pngs, *files] if pngs else files))
+    wrote = f"wrote {names}" + (f", which shows the first {shown}" if shown < n else "")
     if stop:
         raise train.Stopped(stop[0], f"stopped: {wrote}")
     print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")
-    nfe = calls // -(-n // args.batch)
+    nfe = calls // -(-(n - kept) // args.batch) if n > kept else args.nfe
     by = "" if args.inpaint is None or args.rule == "paper" else f" with {args.passes} backward passes each"
-    print(f"sampler {name} {options or ''} NFE {nfe}{by} seconds/sample {seconds / n:.5f} on {device}")
+    print(f"sampler {name} {options or ''} NFE {nfe}{by} seconds/sample {seconds / max(n - kept, 1):.5f} on {device}")
     if array.dtype == np.float64:
         print("the points are float64: float32 would round them too much, so far from 0 they lie")
     print(wrote)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many samples
+
+
+def part_file(args, out, ckpt, n, device):
+    """Where batches are kept while others are drawn. All that the samples depend on is in the name, so that a command
+    with other settings neither uses nor loses them: options, device, and size and time of the files that are read."""
+    read = [os.stat(file) for file in (ckpt, args.stroke, args.inpaint, args.mask) if file]
+    key = (sorted(vars(args).items()), n, str(device), str(ckpt), [(file.st_size, file.st_mtime_ns) for file in read])
+    return out / f"samples-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.part"
+
+
+def collect(drawn, config, n, batch, part):
+    """The n finished samples that drawn(start=...) yields by the batch, and how many of them were in `part`, a file to
+    which each batch is added (points in network units) if there are several. The caller removes it."""
+    C, *size = config["shape"]
+    array, done, owned = np.empty((n, *size, C), np.uint8 if size else np.float32), 0, False
+    try:
+        with open(part, "a+b") if n > batch else io.BytesIO() as file:
+            owned = data.lock(file)
+            if not owned:
+                raise data.UserError(f"another process is writing {part}: wait for it, or choose another --out")
+            file.seek(0)
+            done = kept = file.readinto(array) // (batch * array[0].nbytes) * batch  # without a batch that was cut
+            file.truncate(kept * array[0].nbytes)
+            if kept:
+                print(f"going on after {kept} samples in {part}", flush=True)
+            with closing(progress(drawn(start=kept), n, kept)) as parts:
+                for x in parts:
+                    finished, where = train.finish(x, config), slice(done, done + len(x))
+                    if not x.isfinite().all() or not np.isfinite(finished).all():
+                        done, text = 0, "samples are not finite, so nothing was written"
+                        raise data.UserError(f"{text}: try other --sampler, --rho or --t-end")
+                    array[where] = finished if size else x
+                    file.write(array[where])
+                    file.flush()
+                    done = where.stop
+    except OSError as e:
+        raise data.UserError(f"cannot write {part} ({data.why(e)}): make room, or choose another --out") from None
+    except train.Stopped as e:
+        if done and n > batch:
+            e.args = e.args[0], f"stopped: {done} of {n} samples are kept in {part}; the same command goes on"
+        raise
+    finally:
+        if owned and not done:
+            part.unlink(missing_ok=True)
+    return array if size else train.finish(torch.from_numpy(array), config), kept
+
+
+def progress(parts, n, done=0, what="samples"):
+    """Passes parts on; a line on stderr says how many of the n rows in them are done, and how long the rest takes."""
+    first, start, said, every = done, time.time(), 0, 0.5 if sys.stderr.isatty() else 10  # seconds
+
+    def say(text):
+        with suppress(OSError, ValueError):  # a lost terminal ends nothing
+            print(text, end="", file=sys.stderr, flush=True)
+
+    try:
+        for part in parts:
+            yield part
+            done, spent = done + len(part), time.time() - start
+            if spent // every > said and done < n:
+                said = spent // every
+                say(f"\r{done} of {n} {what}, {spent / (done - first) * (n - done) / 60:.1f} minutes left ")
+    finally:
+        if said:
+            say("\n")
+
+
+def write_pngs(folder, images):
+    """uint8 (N, H, W, C) as 000000.png ... in a folder that is empty now: all of them at once, or none."""
+    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for i, image in enumerate(images):
+            (temporary / f"{i:06d}.png").write_bytes(data.png(image.repeat(3 // image.shape[2], 2)))
+        folder.rmdir()
+        temporary.rename(folder)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise data.UserError(f"cannot write --png-dir {folder} ({data.why(e)}): make room, or name another") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,7 +482,8 @@ def print_nll(args, config, method, process, net, device):
     """
     if not hasattr(method, "log_likelihood_bound"):
         raise data.UserError("--nll needs a HOLD checkpoint, or a denoiser with --method hold: AGM has none here")
-    asked = [flag for flag in ("sampler", *OPTIONS, "class", "stroke", "inpaint") if getattr(args, flag) is not None]
+    draws = ("sampler", *OPTIONS, "class", "stroke", "inpaint", "png_dir")
+    asked = [flag.replace("_", "-") for flag in draws if getattr(args, flag) is not None]
     if asked:
         raise data.UserError(f"--nll follows a flow of its own and draws nothing: leave out --{asked[0]}")
     if args.amp != "off" or args.compile:

@@ -2877,6 +2877,287 @@ def test_resume_knows_the_data_by_their_content(folder):
     train.main("--resume --out digits --mult 1 2 --lr 2e-3 --no-flip --steps 7".split())
 
 
+# -- a score, and many samples
+
+
+def newton_root(A):
+    """The square root of a matrix with positive eigenvalues, by Denman and Beavers' iteration."""
+    Y, Z = A, torch.eye(len(A), dtype=F64)
+    for _ in range(40):
+        Y, Z = (Y + torch.linalg.inv(Z)) / 2, (Z + torch.linalg.inv(Y)) / 2
+    return Y
+
+
+def test_frechet_distance_against_independent_numerics():
+    fid, (D, n, m) = load_bench("bench/fid.py"), (12, 300, 500)
+    mixing = randn64(0, 2, D, D)
+    a, b = 5 + randn64(1, n, D) @ mixing[0], 5.5 + randn64(2, m, D) @ mixing[1]
+    (k, mu, A), (_, nu, B) = fid.moments(a.split(70)), fid.moments([b])
+    assert k == n and worst(mu, a.numpy().mean(0)) < 1e-13 and worst(A, np.cov(a.numpy().T)) < 1e-12
+    far = fid.moments((a + 1e6).float().double().split(70))  # what is common to all samples costs no digits
+    assert worst(far[2], np.cov((a + 1e6).float().double().numpy().T)) < 1e-9
+    apart = (mu - nu).square().sum() + A.trace() + B.trace()
+    found = fid.frechet((n, mu, A), (m, nu, B))
+    assert abs(found - (apart - 2 * newton_root(A @ B).trace())) < 1e-9 * found
+    assert abs(found - (apart - 2 * torch.linalg.eigvals(A @ B).sqrt().sum().real)) < 1e-9 * found
+    assert abs(fid.frechet((m, nu, B), (n, mu, A)) - found) < 1e-10 * found
+    s, t, V = randn64(3, D).square(), randn64(4, D).square(), torch.linalg.qr(mixing[0])[0]  # they commute
+    closed = (mu - nu).square().sum() + (s.sqrt() - t.sqrt()).square().sum()
+    assert abs(fid.frechet((n, mu, V * s @ V.mT), (m, nu, V * t @ V.mT)) - closed) < 1e-9
+
+
+@pytest.mark.parametrize(("n", "m"), [(50, 70), (50, 500), (2, 500), (2, 2)])
+def test_frechet_distance_with_fewer_samples_than_features(n, m):
+    """Then tr (A B)^(1/2) is the sum of the singular values of X Y^T / ((n - 1) (m - 1))^(1/2), X and Y centred."""
+    fid, D = load_bench("bench/fid.py"), 200
+    scale = 10 ** torch.linspace(0, -3, D, dtype=F64)
+    a, b = randn64(1, n, D) * scale, 0.1 + randn64(2, m, D) * scale
+    X, Y = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+    exact = (a.mean(0) - b.mean(0)).square().sum() + X.square().sum() + Y.square().sum()
+    exact -= 2 * torch.linalg.svdvals(X @ Y.mT).sum()
+    A, B = fid.moments(a.split(30)), fid.moments([b])
+    assert abs(fid.frechet(A, B) - exact) < 1e-6 * exact
+    assert abs(fid.frechet(A, A)) < 1e-6
+
+
+class Flat(torch.nn.Module):
+    """Stands in for the Inception network: linear in the pixels, and as strict about what it takes."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(D, 3 * 64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: torch.Tensor, return_features: bool = False):
+        assert return_features and x.dtype == torch.uint8 and x.shape[1] == 3
+        return torch.nn.functional.adaptive_avg_pool2d(x / 255, 8).flatten(1) @ self.weight.T
+
+
+@pytest.fixture
+def score(folder, capsys, monkeypatch):
+    """Runs bench/fid.py -> what it says, and the distance. There are networks of 40 and 2048 features."""
+    if importlib.util.find_spec("PIL") is None:  # which is not required
+        monkeypatch.setattr(sample, "read_picture", lambda p, *_: torch.tensor(read_png(Path(p)).transpose(2, 0, 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is no longer developed
+        for D in (40, 2048):
+            torch.jit.script(Flat(D)).save(f"{D}.pt")
+
+    def run(*argv):
+        capsys.readouterr()
+        load_bench("bench/fid.py").main([*argv, "--device", "cpu"])
+        said = capsys.readouterr().out
+        return said, float(re.search(r": (-?[\d.]+), of", said)[1])
+
+    return run
+
+
+def test_the_score_of_arrays_pngs_and_stored_moments_is_one(folder, score):
+    """Also against the features in float64, by the singular values of the test above."""
+    images = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), np.uint8)
+    drawn = images[:200] // 2
+    np.savez("samples.npz", arr_0=drawn)
+    np.save("data.npy", images)
+    Path("a/b").mkdir(parents=True)
+    sample.write_pngs(Path("a/b"), drawn)
+    for D, title in ((2048, "FID"), (40, "Fréchet distance in the features of 40.pt")):
+        net = Flat(D).weight.detach().double().numpy()
+        f, g = (np.repeat(x / 255, 3, 3).transpose(0, 3, 1, 2).reshape(len(x), -1) @ net.T for x in (drawn, images))
+        X, Y = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (f, g))
+        exact = np.square(f.mean(0) - g.mean(0)).sum() + np.square(X).sum() + np.square(Y).sum()
+        exact -= 2 * np.linalg.svd(X @ Y.T, compute_uv=False).sum()
+        options = ["--features", f"{D}.pt", "--batch", "70"]
+        with pytest.warns(UserWarning, match="200 samples are few"):
+            said, found = score("samples.npz", "--ref", "data.npy", *options)
+        assert said.startswith(f"grey images are repeated to three channels\n{title}: ")
+        assert "of 200 samples against 300 images of data.npy" in said and abs(found / exact - 1) < 1e-6
+    np.savez("ref.npz", mu=g.mean(0), sigma=np.cov(g.T))
+    for source, ref in (("a", "data.npy"), ("samples.npz", "ref.npz")):
+        with pytest.warns(UserWarning, match="samples are few"):
+            assert abs(score(source, "--ref", ref, *options)[1] / exact - 1) < 1e-6
+    np.save("many.npy", np.resize(drawn, (10_000, 8, 8, 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert abs(score("many.npy", "--ref", "data.npy", *options)[1] / exact - 1) < 0.1
+
+
+def test_a_small_classifiers_distance_is_not_called_fid(folder, score, recwarn):
+    digits = data.load("digits")
+    held_out, noise = digits.test[:, 0].numpy(), np.random.default_rng(0).integers(0, 256, (300, 8, 8), np.uint8)
+    np.save("good.npy", held_out)
+    np.save("bad.npy", noise)
+    (said, good), (_, bad) = (score(file, "--ref", "digits", "--epochs", "2") for file in ("good.npy", "bad.npy"))
+    assert "Fréchet distance in a small classifier's features: " in said and "FID" not in said
+    assert "against 1438 images of digits" in said and 0 <= good < bad / 5
+    np.savez("mine.npz", images=held_out, labels=digits.test_labels.numpy())
+    assert score("good.npy", "--ref", "mine.npz", "--epochs", "1")[1] < 1e-6  # of a file all images count
+    for path in Path("runs/fid").iterdir():
+        path.write_bytes(b"cut")
+    line = refused(load_bench("bench/fid.py"), *"good.npy --ref digits --epochs 2".split())
+    assert re.search("runs/fid/classifier-.* is no classifier of these data.*: remove it", line)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("none --ref digits", "no file none"),
+        ("empty --ref digits", "at least two"),
+        ("one.npy --ref digits", "at least two"),
+        ("points.npy --ref digits", "points.npy holds points"),
+        ("odd --ref digits", "pictures of (9, 8) and of (8, 8) pixels"),
+        ("wide.npy --ref digits", "pictures of (8, 9) and of (8, 8) pixels"),
+        ("odd --ref ref.npz --features 40.pt", "pictures of (9, 8) and of (8, 8) pixels"),
+        ("fine.npy", "required: --ref"),
+        ("fine.npy --ref digit", "did you mean digits"),
+        ("fine.npy --ref moons", "moons holds points"),
+        ("fine.npy --ref fine.npy", "no labels to train a classifier with: give --features"),
+        ("fine.npy --ref ref.npz", "no labels to train a classifier with: give --features"),
+        ("fine.npy --ref cut.npz --features 40.pt", "cannot use cut.npz"),
+        ("fine.npy --ref bad.npz --features 40.pt", "cannot use bad.npz (mu (40,) and sigma (40, 3)"),
+        ("fine.npy --ref ref.npz --features 2048.pt", "ref.npz has 40 features, 2048.pt 2048"),
+        ("fine.npy --ref digits --features none.pt", "--features none.pt is not a TorchScript file"),
+        ("fine.npy --ref digits --features fine.npy", "--features fine.npy is not a TorchScript file"),
+        ("fine.npy --ref digits --features other.pt", "--features other.pt is not a TorchScript file"),
+        ("fine.npy --ref digits --batch 0", "--batch must be a whole number"),
+    ],
+)
+def test_what_cannot_be_scored_is_one_line(score, folder, argv, words):
+    for name, shape in {"fine": (9, 8, 8, 1), "one": (1, 8, 8, 1), "wide": (9, 8, 9, 1)}.items():
+        np.save(f"{name}.npy", np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    np.save("points.npy", np.ones((9, 2)))
+    Path("empty").mkdir()
+    for name, shape in {"odd/a": (3, 8, 8, 1), "odd/b": (3, 9, 8, 3)}.items():
+        Path(name).mkdir(parents=True)
+        sample.write_pngs(Path(name), np.zeros(shape, np.uint8))
+    np.savez("ref.npz", mu=np.zeros(40), sigma=np.eye(40))
+    np.savez("bad.npz", mu=np.zeros(40), sigma=np.ones((40, 3)))
+    Path("cut.npz").write_bytes(Path("ref.npz").read_bytes()[:-30])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(torch.nn.Linear(3, 3)).save("other.pt")
+    small = [] if "--features" in argv else ["--epochs", "1"]
+    assert words in refused(load_bench("bench/fid.py"), *argv.split(), *small)
+
+
+def at_batch(monkeypatch, number, action):
+    """Runs action() before that batch is drawn; the next of what is returned is the number of the next batch."""
+    calls, prior = itertools.count(1), train.Noise.prior
+    monkeypatch.setattr(train.Noise, "prior", lambda *a: (next(calls) == number and action(), prior(*a))[1])
+    return calls
+
+
+# What is drawn -> options of its training and of sampling.
+DRAWN = {
+    "by stroke": ([], ["--stroke", "stroke.npy"]),
+    "by class": (["--classes"], ["--class", "all", "--guidance", "2"]),
+    "points": (["--data", "moons"], []),
+}
+
+
+@pytest.mark.parametrize(("name", "number", "status"), [(k, *v) for k, v in zip(DRAWN, SIGNALS, strict=True)])
+def test_a_stopped_command_goes_on_and_gives_the_samples_of_one_run(folder, monkeypatch, capsys, name, number, status):
+    np.save("stroke.npy", np.eye(8, dtype=np.uint8) * 200)
+    trained, drawn = DRAWN[name]
+    train.main([*TOY, "--out", "run", *trained])
+    options = ["--ckpt", "run/ckpt.pt", *"--nfe 3 --sampler em --n 50 --batch 8".split(), *drawn, "--out"]
+    sample.main([*options, "whole"])
+    with monkeypatch.context() as patch:
+        at_batch(patch, 4, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as stop:
+            sample.main([*options, "cut"])
+    (part,), size = Path("cut").iterdir(), 3 * 8 * (8 if name == "points" else 64)
+    assert stop.value.code == status and part.stat().st_size == size
+    assert capsys.readouterr().err.endswith(f"stopped: 24 of 50 samples are kept in {part}; the same command goes on\n")
+    with part.open("ab") as file:
+        file.write(b"a batch that was cut")
+    sample.main([*options, "cut", "--seed", "1"])  # begins anew, and leaves alone what is kept
+    assert "going on" not in capsys.readouterr().out and part.stat().st_size == size + 20
+    calls = at_batch(monkeypatch, 0, None)
+    sample.main([*options, "cut"])
+    assert f"going on after 24 samples in {part}" in capsys.readouterr().out and next(calls) == 5
+    assert snapshot(Path("cut")).keys() == {Path("cut/samples.npz"), Path("cut/samples.png")}
+    whole, cut = (np.load(f"{out}/samples.npz")["arr_0"] for out in ("whole", "cut"))
+    assert whole.dtype == cut.dtype and whole.tobytes() == cut.tobytes()
+
+
+def test_samples_go_on_after_a_kill(toy, folder):
+    options = ["--ckpt", str(toy / "denoiser/ckpt.pt"), *"--nfe 3 --n 50 --batch 8 --out".split()]
+    script = f"""if True:
+        import itertools, os, sys; sys.path.insert(0, {str(HERE)!r}); import sample, train
+        calls, prior = itertools.count(1), train.Noise.prior
+        train.Noise.prior = lambda *a: os.kill(os.getpid(), 9) if next(calls) == 4 else prior(*a)
+        sample.main({[*options, "cut"]!r})"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    (part,) = Path("cut").iterdir()
+    assert part.stat().st_size == 3 * 8 * 64
+    for out in ("cut", "whole"):
+        sample.main([*options, out])
+    whole, cut = (np.load(f"{out}/samples.npz")["arr_0"] for out in ("whole", "cut"))
+    assert whole.tobytes() == cut.tobytes() and not part.exists()
+
+
+def test_what_goes_wrong_with_a_part_is_one_line_and_keeps_what_is_there(toy, folder, monkeypatch, capsys):
+    options = ["--ckpt", str(toy / "denoiser/ckpt.pt"), *"--nfe 2 --n 50 --batch 8 --out here".split()]
+    with monkeypatch.context() as patch:
+        at_batch(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            sample.main(options)
+    assert "nothing was written" in capsys.readouterr().err and not os.listdir("here")
+    with monkeypatch.context() as patch:
+        at_batch(patch, 3, lambda: 1 / 0)
+        refused(sample, *options)
+    (part,) = Path("here").iterdir()
+    before = snapshot(folder)
+    with part.open("rb") as file:
+        assert data.lock(file) and f"another process is writing {part}" in refused(sample, *options)
+    assert snapshot(folder) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", lambda x, config: np.full((len(x), 8, 8, 1), np.nan))
+        assert "not finite" in refused(sample, *options) and not os.listdir("here")
+    with full_disk():
+        assert "cannot write here/samples-" in refused(sample, *options) and not os.listdir("here")
+
+
+def test_one_batch_needs_no_part(toy, folder, monkeypatch):
+    monkeypatch.setattr(sample, "open", lambda *_: 1 / 0, raising=False)
+    sample.main(["--ckpt", str(toy / "denoiser/ckpt.pt"), *"--nfe 2 --n 8 --batch 8 --out here".split()])
+    assert len(np.load("here/samples.npz")["arr_0"]) == 8
+
+
+def test_progress_says_how_long_the_rest_takes(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 15))
+    monkeypatch.setattr(sample.time, "time", lambda: next(clock))
+    assert list(sample.progress([[0] * 10] * 4, 60, done=20, what="images")) == [[0] * 10] * 4
+    lines = (f"\r{done} of 60 images, {left:.1f} minutes left " for done, left in ((30, 0.75), (40, 0.5), (50, 0.25)))
+    assert capsys.readouterr().err == "".join(lines) + "\n"
+
+
+def test_png_dir_has_a_file_a_sample_of_three_channels(toy, folder, monkeypatch):
+    options = ["--ckpt", str(toy / "denoiser/ckpt.pt"), *"--nfe 2 --n 5 --batch 2 --out here --png-dir".split()]
+    Path("there").mkdir()
+    for name in ("new/deep", "there"):
+        sample.main([*options, name])
+        x = np.load("here/samples.npz")["arr_0"]
+        assert sorted(os.listdir(name)) == [f"00000{i}.png" for i in range(5)] and len(os.listdir("new")) == 1
+        assert all((read_png(Path(name, f"00000{i}.png")) == x[i]).all() for i in range(5))
+        assert read_png(Path(name, "000000.png")).shape == (8, 8, 3)
+    before = snapshot(folder)
+    for name in ("there", "here", "."):
+        assert "must be new or empty" in refused(sample, *options, name)
+    assert "another folder than" in refused(sample, *options[:-2], "fresh/a", "--png-dir", "fresh")
+    train.main([*TOY, "--data", "gmm", "--out", "points"])
+    assert "wants a network of images" in refused(sample, "--ckpt", "points/ckpt.pt", "--png-dir", "other")
+    assert "leave out --png-dir" in refused(sample, "--ckpt", str(toy / "hold/ckpt.pt"), "--nll", "--png-dir", "other")
+    monkeypatch.setattr(data, "write_files", lambda files: None)
+    with full_disk():
+        assert "cannot write --png-dir other" in refused(
+            sample, *options[:4], *"--n 2 --out new --png-dir other".split()
+        )
+    assert {p: v for p, v in snapshot(folder).items() if p in before} == before
+    assert not os.listdir("other") and not list(folder.glob("*.tmp"))
+    for name in ("here/samples.npz", "here/samples.npz/deeper"):
+        assert "choose another --png-dir" in refused(sample, *options, name)
+
+
 # -- one line for every mistake
 
 

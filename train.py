@@ -353,18 +353,23 @@ class Noise:
         return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators]).to(like)
 
 
+def draw(*args, **options):
+    """What `batches` draws, as one tensor (n, *shape)."""
+    return torch.cat(list(batches(*args, **options)))
+
+
 @torch.no_grad()
-def draw(
-    sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", conditional=None, label=None, **options
+def batches(
+    sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", conditional=None, label=None, start=0, **more
 ):
-    """n samples (n, *shape) on the CPU, drawn `batch` at a time; `data_mean` is for samplers that start from a mean.
+    """Samples start ... n - 1 on the CPU, `batch` at a time; `data_mean` is for samplers that start from a mean.
     conditional: (m0, noise) -> another m0 and a condition for the sampler. label: classes (n,); then data_mean has a
     row for each class."""
-    out, takes = [], inspect.signature(sampler).parameters
+    takes = inspect.signature(sampler).parameters
     if "data_mean" not in takes or takes["data_mean"].default is None:
-        options.pop("data_mean", None)
-    means = options.get("data_mean")
-    for i in range(0, n, batch):
+        more.pop("data_mean", None)
+    means = more.get("data_mean")
+    for i in range(start, n, batch):
         noise = Noise(seed, range(i, min(i + batch, n)))
         extra = {"randn": noise} if "randn" in takes else {}
         m0 = noise.prior(process, shape).to(device)
@@ -372,9 +377,8 @@ def draw(
             m0, extra["condition"] = conditional(m0, noise)
         if label is not None:
             extra["label"] = label[i : i + batch].to(device)
-            options |= {} if means is None else {"data_mean": means[label[i : i + batch]]}
-        out.append(sampler(process, net, m0, nfe, **options, **extra).float().cpu())
-    return torch.cat(out)
+            more |= {} if means is None else {"data_mean": means[label[i : i + batch]]}
+        yield sampler(process, net, m0, nfe, **more, **extra).float().cpu()
 
 
 def finish(x, config):

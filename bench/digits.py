@@ -25,21 +25,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import peers
+from fid import frechet, moments
 
 import data
 import sample
 import train
 from train import run
-
-
-def frechet(a, b):
-    """Fréchet distance |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets (N, D)."""
-    a, b = a.double(), b.double()
-    A, B = torch.cov(a.T), torch.cov(b.T)
-    w, V = torch.linalg.eigh(A)
-    root = V @ torch.diag(w.clamp(min=0).sqrt()) @ V.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross).item()
 
 
 def nearest(a, b):
@@ -80,12 +71,13 @@ def main(argv=None):
     floor, k = [], min(args.n, len(everything) // 2)
     for seed in range(20):
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
-        floor.append(frechet(everything[order[:k]], everything[order[k:]]))
+        floor.append(frechet(moments([everything[order[:k]]]), moments([everything[order[k:]]])))
     floor = torch.tensor(floor)
+    known = [moments([part]) for part in (everything, train_set, test)]
 
     def measure(x):
         x = x.clamp(-1, 1).flatten(1)
-        return [frechet(x, everything), frechet(x, train_set), frechet(x, test), nearest(x, train_set)]
+        return [*(frechet(moments([x]), part) for part in known), nearest(x, train_set)]
 
     if args.guidance:
         print("| guidance | NFE | right | all | train | held-out | nearest |\n" + "|---" * 7 + "|")
@@ -95,7 +87,7 @@ def main(argv=None):
     sampling = partial(peers.evaluate, score=lambda row: row[0], n_flow=500, flow_nfe=args.flow_nfe, batch=250)
     print("| run | contender | NFE | all | train | held-out | nearest | flow | seconds |\n" + "|---" * 9 + "|")
     print(f"| data: {k} against the others | | | {floor.mean():.3f} ± {floor.std():.3f} | | | | | |")
-    row = f"{frechet(train_set, test):.3f} | {nearest(test, train_set):.3f}"
+    row = f"{frechet(*known[1:]):.3f} | {nearest(test, train_set):.3f}"
     print(f"| data: train against held-out | | | | | {row} | | |")
     for path in map(Path, args.ckpt):
         config = train.load_checkpoint(path)["config"]

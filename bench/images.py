@@ -21,12 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.functional import avg_pool2d, cross_entropy, pad
+from torch.nn.functional import avg_pool2d, pad
 
 sys.path.insert(0, str(Path(__file__).parent))
 import peers
-from digits import frechet
+from fid import classifier, frechet, moments
 
 import data
 from train import run
@@ -36,31 +35,6 @@ def small(images):
     """uint8 (N, C, H, W) of 28x28, padded to 32x32, or 32x32; the mean of 2x2 pixels is 16x16."""
     edge = (32 - images.shape[-1]) // 2
     return avg_pool2d(pad(images.float(), (edge,) * 4), 2).round().to(torch.uint8)
-
-
-def classifier(path, train, labels, test, test_labels, epochs=3):
-    """A small convolutional net with 64 features, trained once and kept; prints its accuracy on the held-out images."""
-
-    def layer(c_in, c_out):
-        return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2))
-
-    torch.manual_seed(0)
-    body = nn.Sequential(layer(train.shape[1], 16), layer(16, 32), layer(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    net = nn.Sequential(body, nn.Linear(64, 10))
-    if path.exists():
-        net.load_state_dict(torch.load(path, weights_only=True))
-    else:
-        optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-        for _ in range(epochs):
-            for index in torch.randperm(len(train)).split(256):
-                optimizer.zero_grad()
-                cross_entropy(net(train[index] / 127.5 - 1), labels[index]).backward()
-                optimizer.step()
-        torch.save(net.state_dict(), path)
-    net.eval().requires_grad_(False)
-    answers = torch.cat([net(x / 127.5 - 1).argmax(1) for x in test.split(1000)])
-    print(f"classifier: {(answers == test_labels).float().mean():.3f} of {len(test)} held-out images right", flush=True)
-    return lambda x: torch.cat([body(part) for part in x.split(1000)])
 
 
 def picture(path, found, rows, nfes):
@@ -121,12 +95,12 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     dataset = data.load(args.data, args.data_dir)
     train, test = small(dataset.train), small(dataset.test)
-    file = folder / f"{args.data}.npy"
-    np.save(file, train.permute(0, 2, 3, 1).numpy())
+    file = folder / f"{args.data}.npz"
+    np.savez(file, images=train.permute(0, 2, 3, 1).numpy(), labels=dataset.train_labels.numpy())
     features = classifier(
         folder / f"{args.data}-classifier.pt", train, dataset.train_labels, test, dataset.test_labels, args.epochs
     )
-    reference = features(train / 127.5 - 1)
+    reference = moments([features(train / 127.5 - 1)])
 
     average = (train / 127.5 - 1).mean(0)
 
@@ -137,9 +111,14 @@ def main(argv=None):
         """Fréchet distance; its standard error from the draw of the samples (jackknife, a fifth left out); the
         standard deviation of the pixels; the distance once the contrast is lowered and raised by 2 %."""
         f, fifth = seen(x), torch.arange(len(x)) % 5
-        rest = torch.tensor([frechet(f[fifth != i], reference) for i in range(5)])
-        other = [frechet(seen(x, contrast), reference) for contrast in (0.98, 1.02)]
-        return [frechet(f, reference), 2 * float(rest.std(correction=0)), float(x.clamp(-1, 1).std()), *other]
+        rest = torch.tensor([frechet(moments([f[fifth != i]]), reference) for i in range(5)])
+        other = [frechet(moments([seen(x, contrast)]), reference) for contrast in (0.98, 1.02)]
+        return [
+            frechet(moments([f]), reference),
+            2 * float(rest.std(correction=0)),
+            float(x.clamp(-1, 1).std()),
+            *other,
+        ]
 
     floor, error, std, *_ = measure(test[: args.n] / 127.5 - 1)
     print(f"floor: {floor:.4f} ± {error:.4f}, pixels {std:.4f} ({len(test[: args.n])} held-out images)", flush=True)

@@ -25,6 +25,7 @@ from torch.nn.functional import avg_pool2d
 sys.path.insert(0, str(Path(__file__).parent))
 import peers
 import points
+from conditions import exact_net
 
 import agm_ref
 import data
@@ -34,7 +35,7 @@ from train import draw, run
 
 NAMES = ["AGM", "VP (order 1)", "CLD (order 2)", *(f"HOLD (order {n})" for n in range(3, 7))]  # by order, 0: AGM
 SHARE = "share of the time from the prior to the data"
-CENTRES, WEIGHTS, S = torch.tensor([-1.2, 0.1, 1.1]), torch.tensor([0.4, 0.25, 0.35]), 0.12  # of hold12's modes
+CENTRES, S = torch.tensor([[-1.2], [0.1], [1.1]]).double(), 0.12  # of hold12's three modes, equally likely
 
 
 def subplots(rows, columns, height, **options):
@@ -47,9 +48,9 @@ def subplots(rows, columns, height, **options):
     return fig, fig.subplots(rows, columns, squeeze=False, **options)
 
 
-def strips(images, columns, names):
-    """A figure of rows of images (N, H, W, C) with their names."""
-    grid = data.image_grid(images, columns)
+def strips(images, rows):
+    """A figure of rows of images (N, H, W, C), named by strings that end in a number."""
+    names, grid = [row.rsplit(" ", 1)[0] for row in rows], data.image_grid(images, len(images) // len(rows))
     fig, ((ax,),) = subplots(1, 1, 7.5 * len(grid) / grid.shape[1] + 0.4)
     ax.imshow(grid, cmap="gray", vmin=0, vmax=255)
     ax.set_yticks((np.arange(len(names)) + 0.5) * len(grid) / len(names), names, fontsize=9)
@@ -61,12 +62,12 @@ def share(process, t):
     return t if process.t_data else 1 - t / process.T
 
 
-def follow(method, process, net, m0, nfe, sampler, denoise=None):
+def follow(method, process, net, m0, nfe, sampler):
     """Times (K,), states (K, B, n C, ...) and predictions (K, B, C, ...) at the calls of a sampler."""
     calls = []
 
     def condition(process, net, m, t, label):
-        calls.append((torch.tensor(t).double(), m, (denoise or method.denoise)(process, net, m, t, label)))
+        calls.append((torch.tensor(t).double(), m, method.denoise(process, net, m, t, label)))
         return calls[-1][2], m
 
     method.SAMPLERS[sampler](process, net, m0, nfe, condition=condition)
@@ -74,13 +75,13 @@ def follow(method, process, net, m0, nfe, sampler, denoise=None):
 
 
 @torch.no_grad()
-def flow(process, net, m, steps, denoise=hold_ref.denoise):
+def flow(process, net, m, steps):
     """As `follow`, on HOLD's probability flow: a rotation by F without its friction, and half of the SDE's kick. `ode`
     has the same marginals, but the same paths only at order 1."""
     calls, turn, ts = [], process.drift().mT, hold_ref.times(process, steps, 2.0, None)
     turn[-1, -1] = 0
     for t, t_next in pairwise((*ts, ts[-1])):
-        calls.append((torch.tensor(t), m, denoise(process, net, m, t)))
+        calls.append((torch.tensor(t), m, hold_ref.denoise(process, net, m, t)))
         m = hold_ref.kick(process, calls[-1][2], m, t, (t - t_next) / 2)
         m = hold_ref.mix(torch.linalg.matrix_exp((t - t_next) * turn), m)
     return [torch.stack(v) for v in zip(*calls, strict=True)]
@@ -104,42 +105,40 @@ def agm1(args):
 @torch.no_grad()
 def agm2(args):
     config, _, process, net = sample.restore(args.ckpt, "cpu", method="agm")
-    seen, images, names, numbers, predict = [], [], [], [], agm_ref.precondition
+    seen, images, numbers, predict = [], [], [], agm_ref.precondition
     ours = "AGM", process.prior, partial(agm_ref.ode, data_mean=config["data_mean"])
     for nfe, (name, prior, sampler) in product((5, 10, 20), (ours, ("EDM", peers.FM().prior, peers.edm_heun))):
         seen.clear()
         m0 = prior((args.n or 64, *config["shape"]), torch.Generator().manual_seed(0))
-        with patch.object(agm_ref, "precondition", lambda *a: seen.append(predict(*a).clamp(-1, 1)) or predict(*a)):
-            x = sampler(process, net, m0, nfe).clamp(-1, 1)
-        names.append(f"{name}, {len(seen)} calls")
-        numbers.append(f"{name} {nfe} {float((seen[(len(seen) - 1) // 2] - x).square().mean().sqrt()):.3f}")
+        with patch.object(agm_ref, "precondition", lambda *a: seen.append(predict(*a)) or seen[-1]):
+            x = sampler(process, net, m0, nfe)
+        off = (seen[(len(seen) - 1) // 2].clamp(-1, 1) - x.clamp(-1, 1)).square().mean().sqrt()
+        numbers.append(f"{name}, {len(seen)} calls {off:.3f}")
         images += [seen[math.ceil(len(seen) * i / 10) - 1][:1] for i in range(1, 11)]
-    fig = strips(data.Dataset.to_pixels(torch.cat(images)), 10, names)
+    fig = strips(data.Dataset.to_pixels(torch.cat(images)), numbers)
     fig.axes[0].set(xlabel="the prediction in hand after 10 %, 20 %, ... 100 % of the calls")
-    return fig, f"from the middle call's prediction to the sample: {', '.join(numbers)}"
-
-
-def agm3(args):
-    (fig, ((ax,),)), n, steps, off = subplots(1, 1, 3), args.n or 20_000, 10, 0
-    for p, color in ((1.0, "C0"), (3.0, "C1"), (5.0, "C2")):
-        for k in np.linspace(-0.95, 0.95, 20):
-            process = agm_ref.AGM(p=p, k=k)
-            m = process.prior((n, 1)).double()
-            for i in range(steps):
-                m = agm_ref.free_motion(process, m, i / steps, 1 / steps, torch.randn_like)
-            found, formula = float(m[:, 0].std()), spread(p, k)
-            ax.plot(k, found, ".", color=color)
-            off = max(off, abs(found / formula - 1) * math.sqrt(2 * n))
-        ks = np.linspace(-1, 1, 200)
-        ax.plot(ks, [spread(p, k) for k in ks], color=color, label=f"p = {p:g}")
-    ax.set(title="nothing steers, a = 0: standard deviation of x(1), by formula and simulated (dots)", xlabel="k")
-    ax.legend()
-    return fig, f"at most {off:.2f} standard errors of {n} particles off"
+    return fig, f"from the middle call's prediction to the sample: {'; '.join(numbers)}"
 
 
 def spread(p, k):
     """Standard deviation of x(1) = x_0 + v_0 + p int (1 - t)^2 dW, where a = 0."""
-    return math.sqrt(2 + 2 * k + p**2 / 5)
+    return np.sqrt(2 + 2 * k + p**2 / 5)
+
+
+def agm3(args):
+    (fig, ((ax,),)), n, ks, off = subplots(1, 1, 3), args.n or 20_000, np.linspace(-0.95, 0.95, 20), 0
+    for p, color in ((1.0, "C0"), (3.0, "C1"), (5.0, "C2")):
+        for k in ks:
+            process = agm_ref.AGM(p=p, k=k)
+            m = process.prior((n, 1)).double()
+            for t in range(10):
+                m = agm_ref.free_motion(process, m, t / 10, 0.1, torch.randn_like)
+            ax.plot(k, found := float(m[:, 0].std()), ".", color=color)
+            off = max(off, abs(found / spread(p, k) - 1) * math.sqrt(2 * n))
+        ax.plot(ks, spread(p, ks), color=color, label=f"p = {p:g}")
+    ax.set(title="nothing steers, a = 0: standard deviation of x(1), by formula and simulated (dots)", xlabel="k")
+    ax.legend()
+    return fig, f"at most {off:.2f} standard errors of {n} particles off"
 
 
 def agm5(args):
@@ -158,34 +157,25 @@ def agm5(args):
             rms.append(np.sqrt(np.square(x / 127.5 - stroke / 127.5).mean()))
             images += [stroke[None], x[:5]]
         numbers.append(f"{NAMES[order]}, {rule} {np.mean(rms):.3f}")
-    fig = strips(np.concatenate(images), 18, [v[:-6] for v in numbers])
-    return fig, f"to the stroke: {'; '.join(numbers)}"
-
-
-def exact(process, net, m, t, label=None):
-    """E[x | m] for the three modes, in place of a network's."""
-    w, snr = hold_ref.project(process, t)
-    y, var = hold_ref.mix(w[None], m) / float(snr.sqrt()), S**2 + 1 / float(snr)  # (B, 1), x + noise
-    shares = torch.softmax(WEIGHTS.log() - (y - CENTRES) ** 2 / (2 * var), 1)
-    return (shares * (CENTRES + S**2 / var * (y - CENTRES))).sum(1, keepdim=True)
+    return strips(np.concatenate(images), numbers), f"to the stroke: {'; '.join(numbers)}"
 
 
 def hold12(args):
     (fig, axes), n, generator = subplots(2, 3, 5, sharey=True), args.n or 10_000, torch.Generator().manual_seed(1)
-    chosen = CENTRES[torch.multinomial(WEIGHTS, 2 * n, True, generator=generator)]
+    chosen = CENTRES[torch.randint(3, (2 * n,), generator=generator), 0]
     fresh, ends = (chosen + S * torch.randn(2 * n, generator=generator)).view(2, n).sort().values
     numbers, panels = [f"fresh data {float((fresh - ends).abs().mean()):.4f}"], iter(axes.flat)
     for order in (1, 2, 3):
         process = hold_ref.HOLD(order=order, sigma_data=1.0)
-        start = process, None, process.prior((n, 1), generator), args.steps
-        paths = flow(*start, exact), follow(hold_ref, *start, "lie", exact)
+        net, m0 = exact_net(CENTRES, 1.0, S**2 * torch.eye(1).double()), process.prior((n, 1), generator)
+        paths = flow(process, net, m0, args.steps), follow(hold_ref, process, net, m0, args.steps, "lie")
         w1 = [float((x[-1, :, 0].sort().values - ends).abs().mean()) for _, _, x in paths]
         numbers.append(f"{NAMES[order]} flow {w1[0]:.4f} SDE {w1[1]:.4f}")
         root, y = torch.linspace(process.t_min**0.5, process.T**0.5, 300), torch.linspace(-3, 3, 200)[:, None]
         for i, block in enumerate(("position", "velocity", "acceleration")[:order]):
             ax, mean = next(panels), process.mean(root**2)[:, i]
             v = process.cov(root**2)[:, i, i] + (mean * S) ** 2
-            law = sum(w * (-((y - mean * c) ** 2) / (2 * v)).exp() for c, w in zip(CENTRES, WEIGHTS, strict=True))
+            law = (-((y - mean * CENTRES[:, None]) ** 2) / (2 * v)).exp().sum(0)
             ax.contourf(root, y[:, 0], law / law.amax(0), 12, cmap="bone", vmax=1.7)
             for (t, m, _), colors in zip(paths, (["w"] * 6, ["C1", "C2", "C3"]), strict=True):
                 for k, color in enumerate(colors):
@@ -224,7 +214,7 @@ def snr(args):
             if sampler == "ode":
                 nth.append(process.snr(t).log10())
                 left.plot(share(process, t), nth[-1], "o", color=f"C{order}", ms=4)
-    left.set(xlabel=SHARE, ylabel="log10 SNR", ylim=(-7, 6.5), title="circles: the 10 calls of ode")
+    left.set(xlabel=SHARE, ylabel="log10 SNR", ylim=(-9.2, 6.5), title="circles: the 10 calls of ode")
     left.legend(fontsize=8)
     right.set(title="the 10 calls of every sampler, 64 dimensions")
     right.set_xticks(range(len(names)), names, rotation=90, fontsize=8)

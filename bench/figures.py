@@ -176,7 +176,7 @@ def hold12(args):
             ax, mean = next(panels), process.mean(root**2)[:, i]
             v = process.cov(root**2)[:, i, i] + (mean * S) ** 2
             law = (-((y - mean * CENTRES[:, None]) ** 2) / (2 * v)).exp().sum(0)
-            ax.contourf(root, y[:, 0], law / law.amax(0), 12, cmap="bone", vmax=1.7)
+            ax.contourf(*map(np.asarray, (root, y[:, 0], law / law.amax(0))), 12, cmap="bone", vmax=1.7)
             for (t, m, _), colors in zip(paths, (["w"] * 6, ["C1", "C2", "C3"]), strict=True):
                 for k, color in enumerate(colors):
                     ax.plot(t.sqrt(), m[:, k, i], color=color, lw=0.9)

@@ -412,13 +412,19 @@ def exponential(
 
 
 def advance(flow, m, nodes, t, t_next):
-    """The state at t_next: N by Lagrange through `nodes`, pairs (time, N), the integrals by Gauss-Legendre."""
+    """The state at t_next: N by Lagrange through `nodes`, pairs (time, N)."""
+    at, N = zip(*nodes, strict=True)
+    return drift(m, t_next - t) + mix(weights(flow, at, t, t_next), torch.cat(N, 1))
+
+
+@lru_cache(1000)
+def weights(flow, at, t, t_next):
+    """(2, nodes): what N at each of the times `at` adds to x and v, int (t_next - u, 1) s(u) l(u) du with its Lagrange
+    polynomial l, by Gauss-Legendre."""
     u, du = gauss_legendre(t, t_next)
-    m, s = drift(m, t_next - t), scale(flow, u)
-    for i, (_, N) in enumerate(nodes):
-        force = du * s * lagrange([time for time, _ in nodes], i, u)
-        m = m + mix(torch.stack([((t_next - u) * force).sum(), force.sum()])[:, None], N)
-    return m
+    basis = torch.stack([math.prod([(u - b) / (a - b) for b in at if b != a], start=torch.ones_like(u)) for a in at])
+    force = du * scale(flow, u) * basis
+    return torch.stack([((t_next - u) * force).sum(-1), force.sum(-1)])
 
 
 @lru_cache(1000)
@@ -428,12 +434,6 @@ def gauss_legendre(a, b, nodes=16):
     off = k / (4 * k**2 - 1).sqrt()
     x, V = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     return (a + b) / 2 + (b - a) / 2 * x, (b - a) * V[0] ** 2
-
-
-def lagrange(times, i, u):
-    """The Lagrange basis polynomial of node i at the points u."""
-    terms = [(u - s) / (times[i] - s) for j, s in enumerate(times) if j != i]
-    return math.prod(terms, start=torch.ones_like(u))
 
 
 SAMPLERS = {"ode": ode, "exponential": exponential, "splitting": splitting, "em": em}  # the first is the default

@@ -134,6 +134,22 @@ class Dataset:
         centred = value - (count * value).sum() / count.sum()
         return float(((count * centred**2).sum() / count.sum()).sqrt())
 
+    def labels_summary(self):
+        """What a checkpoint keeps of the classes: `labels`, how many there are, and `class_means`, E[x | label] of what
+        a network meets, float32 (labels, *shape), where they are small."""
+        classes, size = 0 if self.train_labels is None else int(self.train_labels.max()) + 1, math.prod(self.shape)
+        if not 0 < classes <= 10_000:
+            raise UserError(f"{self.name} has {classes or 'no'} classes, --classes wants labels from 0 to at most 9999")
+        if classes * size > 2**22:
+            return {"labels": classes}
+        total, i = torch.zeros(classes, size, dtype=torch.float64), 0
+        for part in parts(self.train):
+            total.index_add_(0, self.train_labels[i : i + len(part)], part.flatten(1).double())
+            i += len(part)
+        mean = total / self.train_labels.bincount().clamp(min=1)[:, None]
+        mean = (mean / 127.5 - 1 if self.is_image else mean).float()
+        return {"labels": classes, "class_means": mean.reshape(classes, *self.shape)}
+
     def summary(self):
         """What a checkpoint keeps of its data: what sampling needs, and what tells them from other data."""
         units = {"shape": list(self.shape), "shift": torch.as_tensor(self.shift).tolist(), "scale": self.scale}
@@ -533,12 +549,12 @@ def fetch(url, file):
 # Pictures
 
 
-def picture(samples, window=None):
+def picture(samples, window=None, columns=None):
     """Finished samples as uint8 (H, W) or (H, W, 3): a grid of uint8 images (N, H, W, C), or a histogram of points.
 
     window: that of the histogram, `extent` of the training points, so that pictures of one run compare.
     """
-    return image_grid(samples) if samples.dtype == np.uint8 else histogram(samples, limit=window)
+    return image_grid(samples, columns) if samples.dtype == np.uint8 else histogram(samples, limit=window)
 
 
 def write_png(path, array):

@@ -273,12 +273,6 @@ def affine(process, t):
     return w, -(w * process.mean(t)).sum(-1)
 
 
-def noise(process, x, m, t):
-    """eps_n (B, C, ...) at state m and time t (a number) if the data are x."""
-    w, b = affine(process, t)
-    return mix(w[None], m) + float(b) * x
-
-
 def hop(process, eps_n, m, t):
     """Sampling-hop (not in the paper): the x (B, C, ...) that leaves the noise eps_n."""
     w, b = affine(process, t)
@@ -394,7 +388,7 @@ def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn
     for t, t_next in pairwise(ts):
         h = t - t_next
         x, m = predict(process, net, m, t, label, condition)
-        f = force(process, x, m, t)
+        f = mix(force(process, t), torch.cat([m, x], 1))
         push = 2 * xi * h * f + math.sqrt(2 * xi * process.L_inv * h) * randn(f)
         m = m + mix(h * process.drift().mT, m) + mix(e_n, push)
     return predict(process, net, m, ts[-1], label, condition)[0]
@@ -408,7 +402,7 @@ def lie(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.rand
     for t, t_next in pairwise(times(process, nfe, rho, t_end, extra=1)):
         m = linear_flow(process, m, t - t_next, randn)
         x, m = predict(process, net, m, t_next, label, condition)
-        m = kick(process, x, m, t_next, t - t_next)
+        m = mix(kick(process, t_next, t - t_next), torch.cat([m, x], 1))
     return x
 
 
@@ -424,33 +418,41 @@ def strang(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.r
     for t, t_next in pairwise(times(process, nfe, rho, t_end, extra=1)):
         h, middle = t - t_next, (t + t_next) / 2
         m = linear_flow(process, m, h / 2, randn)
-        half_way = m if x is None else kick(process, x, m, middle, h / 2)
+        half_way = m if x is None else mix(kick(process, middle, h / 2), torch.cat([m, x], 1))
         x, new = predict(process, net, half_way, middle, label, condition)
-        m = m + (new - half_way)
-        m = linear_flow(process, kick(process, x, m, middle, h), h / 2, randn)
+        m = torch.cat([m + (new - half_way), x], 1)
+        m = linear_flow(process, mix(kick(process, middle, h), m), h / 2, randn)
     return x
 
 
 def linear_flow(process, m, h, randn):
-    """dm = F^T m |dt| + sqrt(2 xi L_inv) e_n dW over h, drawn exactly. F^T is F with every other block's sign changed,
-    so its noise is the forward process's with those signs."""
+    """dm = F^T m |dt| + sqrt(2 xi L_inv) e_n dW over h, drawn exactly."""
+    return mix(process.transition(h).mT, m) + mix(linear_noise(process, h), randn(m))
+
+
+@by_time
+def linear_noise(process, h):
+    """(n, n): F^T is F with every other block's sign changed, so its noise is the forward one's with those signs."""
     sign = (-1.0) ** torch.arange(process.n, dtype=torch.float64)[:, None]
-    return mix(process.transition(h).mT, m) + mix(sign * lower(process.diffusion(h)), randn(m))
+    return sign * lower(process.diffusion(h))
 
 
-def force(process, x, m, t):
-    """f (B, C, ...) = m_n + L_inv grad_n log p(m | x)."""
-    L_nn = float(process.cholesky(t)[-1, -1])
-    return m.chunk(process.n, 1)[-1] - process.L_inv / L_nn * noise(process, x, m, t)
+@by_time
+def force(process, t):
+    """(1, n + 1): f = m_n + L_inv grad_n log p(m | x) as a combination of the blocks of cat(m, x)."""
+    w, b = affine(process, t)
+    eps_n = torch.cat([w, b[None]])
+    return (torch.eye(process.n + 1, dtype=torch.float64)[-2] - process.L_inv * w[-1] * eps_n)[None]  # w_n is 1/L_nn
 
 
-def kick(process, x, m, t, h):
-    """dm_n = 2 xi f |dt| over h at frozen t and x, solved exactly: f decays at rate -a, and quickly at low noise."""
-    xi = process.damping[1]
-    a = 2 * xi * (1 - process.L_inv / float(process.cholesky(t)[-1, -1]) ** 2)  # d(2 xi f) / dm_n
-    e_n = torch.eye(process.n, dtype=torch.float64)[:, -1:]
+@by_time
+def kick(process, t, h):
+    """(n, n + 1), on cat(m, x): dm_n = 2 xi f |dt| over h at frozen t and x, solved exactly, as f decays at rate -a,
+    and quickly at low noise."""
+    xi, f, eye = process.damping[1], force(process, t), torch.eye(process.n, process.n + 1, dtype=torch.float64)
+    a = 2 * xi * float(f[0, -2])  # d(2 xi f) / dm_n
     growth = math.expm1(a * h) / a if a else h
-    return m + mix(2 * xi * growth * e_n, force(process, x, m, t))
+    return eye + 2 * xi * growth * eye[:, [-2]] * f
 
 
 @torch.no_grad()

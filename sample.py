@@ -4,6 +4,7 @@ python sample.py                                   the newest run under runs/, 6
 python sample.py --ckpt runs/agm-digits/ckpt.pt --sampler splitting --nfe 50 --n 1000 --out samples
 python sample.py --sampler ode --eta 0.5 --nfe 20  with fresh noise injected on the way
 python sample.py --method hold --order 3           the newest run, if it is a denoiser, with another process
+python sample.py --class all --guidance 1.5        rows of each class, of a run with --classes
 python sample.py --inpaint FILE --mask FILE        the rest of a picture, or --shrink K; --stroke FILE for a sketch
 python sample.py --ckpt runs/hold-digits/ckpt.pt --nll        HOLD: likelihood bound on the held-out data
 """
@@ -32,6 +33,20 @@ from train import Noise, draw, option, run  # noqa: F401
 
 OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "multistep", "eta": "eta"}  # command line -> sampler's keyword
 
+# Option -> the option that it belongs to, and its default there.
+NEEDS = {
+    "guidance": ("class", 1.0),
+    **{"inject": ("stroke", "dyn"), "share": ("stroke", 0.25)},
+    **{"mask": ("inpaint", None), "shrink": ("inpaint", None), "rule": ("inpaint", "covariance")},
+    **{
+        "passes": ("inpaint", 2),
+        "noise": ("inpaint", 0.0),
+        "tol": ("nll", 1e-4),
+        "data": ("nll", None),
+        "data_dir": ("nll", None),
+    },
+}
+
 
 def parser():
     p = argparse.ArgumentParser(
@@ -46,23 +61,24 @@ def parser():
     add("--t-end", "time of the last call (splitting, lie, strang: end of the last step)")
     add("--multistep", "exponential: how many calls are extrapolated")
     add("--eta", "ode: fresh noise injected on the way; 0: none, 1: as much as the reverse SDE")
+    add("--class", "number of the class to draw, or all: as many of each; for networks trained with --classes")
+    add("--guidance", "class: 1 draws from its law, 0 from that of all data, more than 1 exaggerates; default: 1")
     add("--stroke", "picture that guides the samples, without retraining: uint8 .npy, or any file with Pillow")
-    add(
-        "--inject", "stroke: redraw v given it in the first share of the calls (dyn), or mix it into the first v (init)"
-    )
-    add("--share", "stroke, dyn: share of the calls", default=0.25)
+    add("--inject", "stroke: redraw v given it in the first share of the calls (dyn, default), or mix it into v (init)")
+    add("--share", "stroke, dyn: share of the calls; default: 0.25")
     add("--inpaint", "picture of which a part is known, with --mask or --shrink")
     add("--mask", "inpaint: which pixels are known, bool or uint8 (H, W), not 0")
     add("--shrink", "inpaint: the means of blocks of this size are known (super-resolution)")
     add("--rule", "inpaint: by the posterior covariance (default), or by redrawing v as in AGM's paper")
-    add("--passes", "inpaint: backward passes a call, steps of conjugate gradients", default=2)
+    add("--passes", "inpaint: backward passes a call, steps of conjugate gradients; default: 2")
+    add("--noise", "inpaint: what is known has noise of that standard deviation, in grey levels of 255; default: 0")
     add("--seed", "sample i is the same for every --n and --batch", default=0)
     add("--batch", "samples at a time", default=256)
     p.add_argument("--raw", action="store_true", help="draw with the raw weights, not with their average (EMA)")
     add("--method", "process to sample with; only a denoiser serves another than its own")
     add("--order", "HOLD: order to sample with; only a denoiser serves another than its own")
     p.add_argument("--nll", action="store_true", help="HOLD: bound the likelihood of held-out data, draw nothing")
-    add("--tol", "nll: error tolerance of the ODE solver", default=1e-4)
+    add("--tol", "nll: error tolerance of the ODE solver; default: 0.0001")
     add("--data", "nll: another data set or file than the checkpoint's")
     add("--data-dir", "nll: folder or archive of the data set")
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
@@ -111,7 +127,50 @@ def sampler_options(method, args):
     return name, sampler, options
 
 
+def settle(args):
+    """Fills in the defaults of NEEDS; an option without the one that it belongs to is refused."""
+    for flag, (needs, default) in NEEDS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
+        elif not getattr(args, needs):
+            raise data.UserError(f"--{flag.replace('_', '-')} belongs to --{needs}: add that, or leave it out")
+
+
+def labels(args, config):
+    """How many samples, their classes (n,) or None, and the mean that their flow starts from: with classes, a row for
+    each of them."""
+    shape, wanted = config["shape"], getattr(args, "class")
+    classes, every = config["labels"] if config["classes"] else 0, wanted == "all"
+    n = args.n or (10_000 if len(shape) == 1 else 8 * classes if every else 64)
+    mean = config.get("data_mean", 0.0 if len(shape) == 1 else None)  # older checkpoints do not know that of images
+    if wanted is None:
+        return n, None, mean
+    if not classes:
+        raise data.UserError("--class wants a network that was trained with --classes: leave it out, or train one")
+    if not every and not (wanted.isdecimal() and int(wanted) < classes):
+        raise data.UserError(f"--class must be all or a whole number from 0 to {classes - 1}, got {wanted:.40}")
+    label = torch.arange(n) * classes // n if every else torch.full((n,), int(wanted))
+    means = config.get("class_means")
+    if means is not None:
+        means = (mean + args.guidance * (means - mean)).clamp(-config["bound"], config["bound"])
+    return n, label, means
+
+
+def guide(net, guidance):
+    """Classifier-free guidance (Ho & Salimans 2022): what the network says without the label, and `guidance` times what
+    the label changes. Every target here is affine in the data, so it guides E[x | m], whatever the network predicts."""
+
+    def guided(m, t, label):
+        if guidance in (0, 1):
+            return net(m, t, label if guidance else None)
+        free = net(m, t, None)
+        return free + guidance * (net(m, t, label) - free)
+
+    return guided
+
+
 def sample(args):
+    settle(args)
     path, device = Path(args.ckpt) if args.ckpt else train.newest_checkpoint(), train.pick_device(args.device)
     config, method, process, net = restore(path, device, args.raw, args.method, args.order)
     if args.nll:
@@ -119,6 +178,7 @@ def sample(args):
     name, sampler, options = sampler_options(method, args)
     out, shape = Path(args.out) if args.out else path.parent, tuple(config["shape"])
     given = conditional(args, method, process, shape, device)
+    n, label, mean = labels(args, config)
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # before the work is done; it has no name
@@ -132,19 +192,20 @@ def sample(args):
         calls += 1
         return net(m, t, label)
 
-    n, start = args.n or (64 if len(shape) == 3 else 10000), time.time()
-    # Where something is given, the first prediction is not the data mean; older checkpoints do not know it.
-    mean = None if given else config.get("data_mean", 0.0 if len(shape) == 1 else None)
-    options_of_draw = dict(seed=args.seed, batch=args.batch, device=device, conditional=given, data_mean=mean)
-    x = draw(sampler, process, counted, shape, n, args.nfe, **options_of_draw, **options)
+    start, guided = time.time(), counted if label is None else guide(counted, args.guidance)
+    options_of_draw = dict(seed=args.seed, batch=args.batch, device=device, conditional=given, label=label)
+    options_of_draw["data_mean"] = None if given else mean  # where something is given, the mean is another
+    x = draw(sampler, process, guided, shape, n, args.nfe, **options_of_draw, **options)
     seconds = time.time() - start
     array = train.finish(x, config)
     if not x.isfinite().all() or not np.isfinite(array).all():
         raise data.UserError("samples are not finite, so nothing was written: try other --sampler, --rho or --t-end")
     shown = min(n, 1024, max(1, 2**26 // math.prod(shape))) if len(shape) == 3 else n  # readers refuse huge pictures
-    files = {out / "samples.npz": partial(np.savez_compressed, arr_0=array)}
+    classes = {} if label is None else {"labels": label.numpy()}
+    files = {out / "samples.npz": partial(np.savez_compressed, arr_0=array, **classes)}
+    columns = -(-n // config["labels"]) if getattr(args, "class") == "all" else None  # a row for each class
     try:
-        files[out / "samples.png"] = data.png(data.picture(array[:shown], config.get("window")))
+        files[out / "samples.png"] = data.png(data.picture(array[:shown], config.get("window"), columns))
     except (MemoryError, ValueError) as e:
         print(f"no picture: {data.why(e)}")
     stop = []
@@ -175,12 +236,12 @@ def observation(mask=None, shrink=1):
     return (lambda x: avg_pool2d(x, shrink)), (lambda c: c.repeat_interleave(shrink, -1).repeat_interleave(shrink, -2))
 
 
-def by_covariance(method, see, fill, known, steps=2):
-    """The posterior mean given see(x) = known, exact for Gaussian data (moment matching, Rozet et al. 2024).
+def by_covariance(method, see, fill, known, steps=2, noise=0.0):
+    """The posterior mean given known = see(x) + noise, exact for Gaussian data (moment matching, Rozet et al. 2024).
 
-    With J = dD/dy, Cov[x | y] = sigma^2 J (Tweedie), so x = D + J H^T (H J H^T)^-1 (known - H D), H = see, by `steps`
-    of conjugate gradients; each costs a backward pass, as J is taken for symmetric. The rest of known - H x is filled
-    in.
+    With J = dD/dy, Cov[x | y] = sigma^2 J (Tweedie), so x = D + J H^T (H J H^T + noise^2/sigma^2)^-1 (known - H D),
+    H = see, by `steps` of conjugate gradients; each costs a backward pass, as J is taken for symmetric. Without noise
+    the rest of known - H x is filled in. noise: its standard deviation, times k where fill is k^2 H^T.
     """
 
     def dot(a, b):
@@ -195,12 +256,14 @@ def by_covariance(method, see, fill, known, steps=2):
         p, size = rest, dot(rest, rest)
         for _ in range(steps):
             (Jp,) = torch.autograd.grad(D, y, fill(p), retain_graph=True)
-            curvature = dot(p, see(Jp))
+            Ap = see(Jp) + noise**2 * float(snr.sqrt()) * p  # y is in units of sigma, so Jp is sigma J H^T p
+            curvature = dot(p, Ap)
             step = torch.where(curvature > 0, size / curvature, 0.0).nan_to_num(posinf=0.0)  # J is a network's
-            x, rest, before = x + step * Jp, rest - step * see(Jp), size
+            x, rest, before = x + step * Jp, rest - step * Ap, size
             size = dot(rest, rest)
             p = rest + (size / before).nan_to_num() * p
-        return (x + fill(known - see(x))).clamp(-process.bound, process.bound), m
+        x = x if noise else x + fill(known - see(x))
+        return x.clamp(-process.bound, process.bound), m
 
     return condition
 
@@ -260,9 +323,6 @@ def read_picture(path, shape, flag):
 
 def conditional(args, method, process, shape, device):
     """What --stroke or --inpaint ask for, as `draw` wants it: (m0, randn) -> (m0, condition). None without them."""
-    for flag, needs in (("mask", "inpaint"), ("shrink", "inpaint"), ("rule", "inpaint"), ("inject", "stroke")):
-        if getattr(args, flag) is not None and getattr(args, needs) is None:
-            raise data.UserError(f"--{flag} belongs to --{needs} FILE: add it, or leave --{flag} out")
     if not (args.stroke or args.inpaint):
         return None
     if args.stroke and args.inpaint:
@@ -298,10 +358,13 @@ def conditional(args, method, process, shape, device):
         raise data.UserError(f"--inpaint {args.inpaint} has shape {tuple(picture.shape)}, the network draws {shape}")
     known = see(picture[None]) if picture.shape == shape else picture[None]
     if args.rule == "paper":
+        if args.noise:
+            raise data.UserError("--noise is for the rule by covariance: leave out --rule paper, or --noise")
         return lambda m0, randn: (m0, by_redrawing(method, see, fill, known, randn))
     if process.param != "denoiser":
         raise data.UserError("the rule by covariance needs a denoiser: --rule paper, or another --ckpt")
-    return lambda m0, randn: (m0, by_covariance(method, see, fill, known, args.passes))
+    noise = args.noise / 127.5 * (args.shrink or 1)
+    return lambda m0, randn: (m0, by_covariance(method, see, fill, known, args.passes, noise))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,8 +379,9 @@ def print_nll(args, config, method, process, net, device):
     """
     if not hasattr(method, "log_likelihood_bound"):
         raise data.UserError("--nll needs a HOLD checkpoint, or a denoiser with --method hold: AGM has none here")
-    if args.sampler or any(getattr(args, flag) is not None for flag in OPTIONS):
-        raise data.UserError("--nll follows a flow of its own: leave out --sampler, --rho, --t-end, --multistep, --eta")
+    asked = [flag for flag in ("sampler", *OPTIONS, "class", "stroke", "inpaint") if getattr(args, flag) is not None]
+    if asked:
+        raise data.UserError(f"--nll follows a flow of its own and draws nothing: leave out --{asked[0]}")
     dataset = data.load(args.data or config["data"], args.data_dir or config["data_dir"])
     if list(dataset.shape) != config["shape"]:
         raise data.UserError(f"{dataset.name} has shape {dataset.shape}, the checkpoint {tuple(config['shape'])}")

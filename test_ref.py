@@ -176,7 +176,8 @@ def target_of(P, x, m, t):
     """What the paper's network is to return at m if the data are x: F/s or eps_n."""
     if isinstance(P, AGM):
         return agm_ref.acceleration(P, x, m, t) / agm_ref.scale(P, t)
-    return hold_ref.noise(P, x, m, t)
+    w, b = hold_ref.affine(P, t)
+    return hold_ref.mix(w[None], m) + float(b) * x
 
 
 GAUSSIAN = Mixture([1.0], [[0.4, -0.7]], 0.5)
@@ -2198,6 +2199,128 @@ def test_one_axis_end_to_end(folder):
     assert read_png(Path("one/samples.png")).shape == (480, 480, 3)
 
 
+# -- classes and guidance
+
+
+CLASSES = Mixture([0.3, 0.7], [[0.8], [-0.6]], 0.1)  # two classes of one mode each
+
+
+def class_net(P):
+    """What a perfectly trained network with classes returns: for label j that of the j-th mode, for None all data's."""
+    alone = [Mixture([1.0], CLASSES.centres[[j]].tolist(), CLASSES.std).net(P) for j in range(2)]
+
+    def net(m, t, label=None):
+        if label is None:
+            return whole(m, t)
+        return torch.where((label == 0)[:, None], alone[0](m, t), alone[1](m, t))
+
+    whole = CLASSES.net(P)
+    return net
+
+
+@pytest.mark.parametrize("param", ["paper", "denoiser"])
+@each_of(SDE, *PROCESSES)
+def test_guiding_the_network_guides_the_prediction(P, param):
+    P, m, label = dataclasses.replace(P, param=param), prior(P, 6, 1), torch.tensor([0, 1, 0, 1, 1, 0])
+    net, denoise = class_net(P), module_of(P).denoise
+    for t in asked(P)[1:-1]:
+        free, told = denoise(P, net, m, t, None), denoise(P, net, m, t, label)
+        for guidance in (0, 0.5, 1, 3):
+            guided = denoise(P, sample.guide(net, guidance), m, t, label)
+            assert worst(guided, free + guidance * (told - free)) < 1e-7
+
+
+@pytest.mark.parametrize("param", ["paper", "denoiser"])
+@every_sampler
+def test_guidance_one_draws_from_the_class_and_none_from_all(P, name, param):
+    """Weight, mean and spread of the two modes, to four standard errors of 4,000 samples, and what 50 steps of each
+    sampler are wrong by."""
+    P, n, classes = dataclasses.replace(P, param=param), 4000, torch.arange(4000) % 2
+    means, sampler = CLASSES.centres, module_of(P).SAMPLERS[name]
+    for guidance in (0, 1):
+        start = CLASSES.mean + guidance * (means - CLASSES.mean)
+        net = sample.guide(class_net(P), guidance)
+        x = train.draw(sampler, P, net, (1,), n, 50, batch=3000, label=classes, data_mean=start)[:, 0].double()
+        of_mode = (x < 0.1).long()
+        assert guidance == 0 or (of_mode == classes).double().mean() > 0.999
+        assert guidance == 1 or abs(of_mode.double().mean() - 0.7) < 4 * math.sqrt(0.21 / n) + 0.01
+        for j in range(2):
+            part = x[of_mode == j]
+            assert abs(part.mean() - means[j, 0]) < 4 * 0.1 / math.sqrt(len(part)) + 0.01
+            assert name == "em" or abs(part.std() - 0.1) < 4 * 0.1 / math.sqrt(2 * len(part)) + 0.02
+
+
+def test_a_sample_of_a_class_does_not_depend_on_its_batch():
+    means, label, net = torch.tensor([[0.5], [-0.5]]), torch.tensor([0, 1, 1, 0, 1]), class_net(ODE)
+    for sampler in (agm_ref.ode, agm_ref.em):
+        one, two = (train.draw(sampler, ODE, net, (1,), 5, 4, batch=b, label=label, data_mean=means) for b in (2, 5))
+        assert worst(one, two) < 1e-6
+
+
+def test_one_label_in_ten_is_dropped_and_class_means_are_exact(folder):
+    torch.manual_seed(0)
+    label = torch.randint(5, (20_000,))
+    kept = train.drop(label, 5)
+    assert abs((kept == 5).double().mean() - 0.1) < 0.01 and (kept[kept < 5] == label[kept < 5]).all()
+    labels = np.random.default_rng(0).integers(0, 3, 50) * 2  # classes 1 and 3 are empty
+    pixels = np.random.default_rng(1).integers(0, 256, (50, 4, 4, 3), np.uint8)
+    for name, x in (("images", pixels), ("points", randn64(0, 50, 3).numpy() * 9 + 4)):
+        np.savez(name, x=x, labels=labels)
+        dataset = data.load(f"{name}.npz")
+        found = dataset.labels_summary()
+        assert found["labels"] == 5 and found["class_means"].shape == (5, *dataset.shape)
+        seen = dataset.train.double() / 127.5 - 1 if dataset.is_image else dataset.train.double()
+        for k in (0, 2, 4):
+            assert worst(found["class_means"][k], seen[dataset.train_labels == k].mean(0)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["agm", "hold"])
+@pytest.mark.parametrize("param", ["paper", "denoiser"])
+def test_classes_are_learnt(folder, method, param, capsys):
+    """Points around +5 and -5, in other units than the network's."""
+    labels = np.arange(400) % 2
+    np.savez("two.npz", x=labels[:, None] * 10 - 5 + randn64(0, 400, 2).numpy(), labels=labels)
+    options = "--data two.npz --classes --steps 300 --batch 128 --width 32 --blocks 3 --lr 3e-3 --out run".split()
+    train.main(["--method", method, "--param", param, *options])
+    for wanted, n in (("0", 100), ("1", 100), ("all", 101)):
+        sample.main(["--ckpt", "run/ckpt.pt", "--nfe", "10", "--n", str(n), "--class", wanted, "--guidance", "1.5"])
+        assert "NFE 20 " in capsys.readouterr().out
+        file = np.load("run/samples.npz")
+        drawn, asked_for = file["arr_0"], file["labels"]
+        assert len(drawn) == n and (wanted == "all" or (asked_for == int(wanted)).all())
+        assert abs(int(asked_for.sum()) * 2 - n) < 2 or wanted != "all"
+        assert ((drawn.mean(1) > 0) == asked_for).mean() > 0.97
+
+
+def test_runs_with_classes_resume_and_old_ones_are_sampled(folder, toy):
+    options = ["--classes", *TOY, "--steps", "8"]
+    train.main([*options, "--out", "whole"])
+    train.main([*options, "--out", "cut", "--steps", "4", "--save-every", "2"])
+    ckpt = torch.load("cut/ckpt.pt", weights_only=True)
+    assert ckpt["config"]["labels"] == 10 and ckpt["net"]["time.label.weight"].shape[0] == 11
+    train.main("--resume --classes --out cut --steps 8".split())
+    assert set(losses(folder / "cut")) == set(range(1, 9))
+    sample.main("--ckpt cut/ckpt.pt --class all --nfe 2".split())
+    file = np.load("cut/samples.npz")
+    assert file["arr_0"].shape == (80, 8, 8, 1) and (file["labels"] == np.arange(10).repeat(8)).all()
+    assert read_png(Path("cut/samples.png")).shape == (8 * (10 * 9 - 1), 8 * (8 * 9 - 1))  # a row for each class
+    old = broken(toy / "denoiser/ckpt.pt", lambda c: c["config"].pop("classes"))
+    sample.main(["--ckpt", old, "--n", "2", "--nfe", "2", "--out", "here"])
+    for command, words in (
+        ("--ckpt cut/ckpt.pt --class 10", "from 0 to 9, got 10"),
+        ("--ckpt cut/ckpt.pt --class -1", "from 0 to 9, got -1"),
+        ("--ckpt cut/ckpt.pt --guidance 2", "--guidance belongs to --class"),
+        ("--ckpt cut/ckpt.pt --class 1 --guidance nan", "--guidance must be a number"),
+        (f"--ckpt {old} --class 1", "trained with --classes"),
+        ("--ckpt cut/ckpt.pt --class 1 --nll --method hold", "leave out --class"),
+    ):
+        assert words in refused(sample, *command.split(), "--out", "new")
+    assert not Path("new").exists() and "spiral has no classes" in refused(train, *TOY, "--data", "spiral", "--classes")
+    for key, value in itertools.product(("classes", "labels", "class_means"), (3, "x", None, [1.0], torch.ones(2))):
+        wrong = broken("cut/ckpt.pt", lambda c, key=key, value=value: c["config"].update({key: value}))
+        assert re.search("bad.pt|does not fit", refused(sample, "--ckpt", wrong, "--out", "new"))
+
+
 # -- nothing lost: interrupted, full, broken
 
 
@@ -2254,12 +2377,15 @@ def test_a_lost_terminal_and_a_full_disk_for_the_log_end_nothing(folder):
     assert Path("full/ckpt.pt").exists()
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file may grow beyond a few bytes, as on a full disk."""
+    """No file may grow beyond a few bytes, as on a full disk: not the one either that pytest itself may write to."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def refused(script, *argv):
@@ -2270,14 +2396,14 @@ def refused(script, *argv):
     return stop.value.code
 
 
-def test_a_full_disk_keeps_the_old_files_and_leaves_no_others(folder, full_disk):
+def test_a_full_disk_keeps_the_old_files_and_leaves_no_others(folder):
     train.main(["--out", "run", *TOY])
     sample.main("--ckpt run/ckpt.pt --n 2 --nfe 2".split())
     before = snapshot(folder)
-    full_disk()
-    assert "cannot write run/samples.npz" in refused(sample, *"--ckpt run/ckpt.pt --n 2 --nfe 2".split())
-    assert snapshot(folder) == before
-    assert "cannot write run/ckpt.pt" in refused(train, *"--resume --out run --steps 9 --log-every 9".split())
+    with full_disk():
+        assert "cannot write run/samples.npz" in refused(sample, *"--ckpt run/ckpt.pt --n 2 --nfe 2".split())
+        assert snapshot(folder) == before
+        assert "cannot write run/ckpt.pt" in refused(train, *"--resume --out run --steps 9 --log-every 9".split())
     del before[folder / "run/log.txt"]
     assert {k: v for k, v in snapshot(folder).items() if k.name != "log.txt"} == before
     with pytest.raises(KeyboardInterrupt):
@@ -2482,6 +2608,7 @@ WORDS = "-1 1e400 nan inf -inf 1e30 10000000000000000000 x '' \\x00 -- 0x10 [] {
 FLAGS = {train: "steps batch lr clip width blocks mult attention order seed save-every log-every warmup ema".split()}
 FLAGS[train] += "dropout device amp param method data flip unknown".split()
 FLAGS[sample] = "nfe n rho t-end multistep eta seed batch order tol sampler device method raw unknown".split()
+FLAGS[sample] += "class guidance share passes noise shrink rule inject mask stroke inpaint".split()
 
 
 def test_two_hundred_wrong_command_lines_are_one_line_each_and_change_nothing(toy, folder):
@@ -2712,8 +2839,9 @@ def gaussian_net(cov, s):
 
 
 @pytest.mark.parametrize("process", [AGM(), HOLD(order=1), HOLD(order=2), HOLD()], ids=repr)
+@pytest.mark.parametrize("noise", [0.0, 0.2])
 @pytest.mark.parametrize("known", ["pixels", "means"])
-def test_conditioning_by_the_posterior_covariance_is_exact_for_gaussian_data(process, known):
+def test_conditioning_by_the_posterior_covariance_is_exact_for_gaussian_data(process, known, noise):
     """Mean and covariance given half of eight numbers, or the means of pairs, by the formulas of Gaussians."""
     method, d, n, s = sys.modules[type(process).__module__], 8, 20_000, process.sigma_data
     cov = s**2 * 0.9 ** (torch.arange(d)[:, None] - torch.arange(d)).abs().double()
@@ -2725,12 +2853,13 @@ def test_conditioning_by_the_posterior_covariance_is_exact_for_gaussian_data(pro
         see, fill = (lambda x: x.unflatten(-1, (4, 2)).mean(-1)), (lambda c: c.repeat_interleave(2, -1))
         look, value = (see, fill), torch.tensor([0.7, -0.2, 0.1, 0.4]).double()
     c = H @ value if known == "pixels" else value
-    K = cov @ H.mT @ torch.linalg.inv(H @ cov @ H.mT)
-    mean, rest = K @ c, cov - K @ H @ cov
-    condition = sample.by_covariance(method, *look, value.reshape(1, 1, 1, -1).expand(n, 1, 1, -1), steps=4)
+    K = cov @ H.mT @ torch.linalg.inv(H @ cov @ H.mT + noise**2 * torch.eye(len(c)))
+    mean, rest, value = K @ c, cov - K @ H @ cov, value.reshape(1, 1, 1, -1).expand(n, 1, 1, -1)
+    factor = math.sqrt(2) if known == "means" else 1  # here fill is 2 H^T
+    condition = sample.by_covariance(method, *look, value, steps=4, noise=noise * factor)
     m0 = process.prior((n, 1, 1, d), torch.Generator().manual_seed(0)).double()
     x = method.ode(process, gaussian_net(cov, s), m0, 20, data_mean=None, condition=condition).flatten(1)
-    assert (x @ H.mT - c).abs().max() < 1e-9
+    assert noise or (x @ H.mT - c).abs().max() < 1e-9
     assert (x.mean(0) - mean).square().mean().sqrt() < 0.05 * rest.diagonal().mean().sqrt()
     assert (torch.cov(x.mT) - rest).norm() < 0.05 * rest.norm()
 
@@ -2777,7 +2906,10 @@ def test_conditions_from_the_command_line(toy, folder, sampler, capsys):
     [
         ("--inpaint p.npy", "--mask FILE, or --shrink K"),
         ("--mask p.npy", "--mask belongs to --inpaint"),
-        ("--share 0.5 --inject dyn", "--inject belongs to --stroke"),
+        ("--share 0.5", "--share belongs to --stroke"),
+        ("--inpaint p.npy --mask m.npy --inject dyn", "--inject belongs to --stroke"),
+        ("--stroke p.npy --passes 3", "--passes belongs to --inpaint"),
+        ("--tol 1e-3", "--tol belongs to --nll"),
         ("--stroke p.npy --inpaint p.npy --mask m.npy", "exclude each other"),
         ("--inpaint p.npy --mask none.npy", "cannot read --mask none.npy"),
         ("--inpaint p.npy --mask z.npy", "mark some pixels, but not all"),

@@ -70,9 +70,10 @@ LIMITS = {
     **dict.fromkeys(("steps", "save_every", "log_every"), (1, 10**9)),
     **dict(batch=(1, 10**6), lr=(1e-9, 1.0), warmup=(0, 10**9), clip=(1e-6, 1e6), ema=(0.0, 0.999999)),
     **dict(width=(1, 4096), blocks=(1, 100), mult=(1, 64), attention=(0, 15), dropout=(0.0, 0.99)),
-    **dict(order=(1, 8), sde=(False, True), seed=(0, 2**32 - 1)),  # HOLD is tested up to order 8
+    **dict(sde=(False, True), classes=(False, True), labels=(0, 10**4), guidance=(0.0, 100.0)),
+    **dict(order=(1, 8), seed=(0, 2**32 - 1)),  # HOLD is tested up to order 8
     **dict(nfe=(1, 10**5), n=(1, 10**7), rho=(0.01, 100.0), t_end=(0.0, 100.0), multistep=(1, 4), eta=(0.0, 10.0)),
-    **dict(share=(0.0, 1.0), shrink=(2, 4096), passes=(1, 100)),
+    **dict(share=(0.0, 1.0), shrink=(2, 4096), passes=(1, 100), noise=(0.0, 255.0)),
     **dict(tol=(1e-12, 1.0), shape=(1, 65536), shift=(-1e300, 1e300), scale=(1e-300, 1e300)),
     **dict.fromkeys(("std", "bound"), (1e-9, 1e9)),
 }
@@ -144,6 +145,7 @@ def parser(preset):
     add("--mult", "UNet: width of each level, in units of --width", nargs="+", default=[])
     add("--attention", "UNet: levels with attention, 0 is full size", nargs="*", default=[])
     add("--dropout", "UNet: dropout rate", default=0.0)
+    p.add_argument("--classes", action="store_true", help="learn the labels, too: sample.py --class, --guidance")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="random mirror images; default: the data's")
     add("--amp", "bf16: autocast the net to bfloat16", default="off")
     add("--seed", "of the weights, the data order and the noise", default=0)
@@ -207,10 +209,11 @@ def build(config):
         channels, T, t_data = C, 1.0, 0.0
     else:
         channels, T, t_data = process.n * C, process.T, process.t_data
+    last = {"T": T, "t_data": t_data, "classes": config["labels"] if config["classes"] else 0}
     if not size:
-        return method, process, nets.MLP(channels, C, config["width"], config["blocks"], T, t_data)
+        return method, process, nets.MLP(channels, C, config["width"], config["blocks"], **last)
     keys = ("width", "mult", "blocks", "attention", "dropout")
-    return method, process, nets.UNet(channels, C, **{k: config[k] for k in keys}, T=T, t_data=t_data)
+    return method, process, nets.UNet(channels, C, **{k: config[k] for k in keys}, **last)
 
 
 def save_checkpoint(path, config, net, ema, optimizer, step):
@@ -234,10 +237,16 @@ def load_checkpoint(path, device="cpu"):
                 if check(key, value) != value:  # a number as text
                     raise ValueError(f"{key} {value!r}")
         step, shape, mean = ckpt["step"], tuple(config["shape"]), torch.as_tensor(given.get("data_mean", 0.0))
+        means, wanted = (
+            given.get("class_means", torch.zeros(0)),
+            (given["labels"], *shape) if given.get("classes") else (),
+        )
         units = torch.as_tensor(config["shift"]).shape
         if len(shape) not in (1, 3) or not {mean.shape, units} <= {(), shape} or type(step) is not int or step < 0:
             raise ValueError(f"step {step}, shape {shape} with a mean of {mean.shape} and a shift of {units}")
-        tensors = [*ckpt["net"].values(), *ckpt["ema"].values(), mean]
+        if means.shape not in ((0,), wanted):
+            raise ValueError(f"class means of {means.shape}, wanted {wanted}")
+        tensors = [*ckpt["net"].values(), *ckpt["ema"].values(), mean, means]
         tensors += [v for state in ckpt["optimizer"]["state"].values() for v in state.values()]
         if not all(v.isfinite().all() for v in tensors):
             raise data.UserError("its weights are not finite numbers; take an older one, or train again")
@@ -319,18 +328,25 @@ class Noise:
 
 
 @torch.no_grad()
-def draw(sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", conditional=None, **options):
+def draw(
+    sampler, process, net, shape, n, nfe, seed=0, batch=256, device="cpu", conditional=None, label=None, **options
+):
     """n samples (n, *shape) on the CPU, drawn `batch` at a time; `data_mean` is for samplers that start from a mean.
-    conditional: (m0, noise) -> another m0 and a condition for the sampler."""
+    conditional: (m0, noise) -> another m0 and a condition for the sampler. label: classes (n,); then data_mean has a
+    row for each class."""
     out, takes = [], inspect.signature(sampler).parameters
     if "data_mean" not in takes or takes["data_mean"].default is None:
         options.pop("data_mean", None)
+    means = options.get("data_mean")
     for i in range(0, n, batch):
         noise = Noise(seed, range(i, min(i + batch, n)))
         extra = {"randn": noise} if "randn" in takes else {}
         m0 = noise.prior(process, shape).to(device)
         if conditional:
             m0, extra["condition"] = conditional(m0, noise)
+        if label is not None:
+            extra["label"] = label[i : i + batch].to(device)
+            options |= {} if means is None else {"data_mean": means[label[i : i + batch]]}
         out.append(sampler(process, net, m0, nfe, **options, **extra).float().cpu())
     return torch.cat(out)
 
@@ -363,6 +379,11 @@ def learning_rate(step, config):
 def update_ema(averages, params, step, decay):
     """ema <- d ema + (1 - d) net; d ramps up, so that the average forgets the first, random weights."""
     torch._foreach_lerp_(averages, params, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+def drop(label, classes):
+    """Labels (B,) with one in ten of them "no class", which guidance needs (Ho & Salimans 2022)."""
+    return torch.where((torch.rand(len(label)) < 0.1).to(label.device), classes, label)
 
 
 def compare(found, config, name):
@@ -398,6 +419,8 @@ def train(config, ckpt=None):
     device = pick_device(config["device"])
     dataset = data.load(config["data"], config["data_dir"], config["flip"])
     found = dataset.summary()
+    if config["classes"]:
+        found.update(dataset.labels_summary())
     if ckpt:
         compare(found, ckpt["config"], config["data"])
     config = {**found, **config, "flip": dataset.flip}  # all that sample.py needs
@@ -439,9 +462,10 @@ def train(config, ckpt=None):
         for done in range(start + 1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done - 1, config)
-            x, _ = dataset.batch(config["batch"])
+            x, label = dataset.batch(config["batch"])
+            label = drop(label, config["labels"]) if config["classes"] else None
             with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"] == "bf16"):
-                loss = method.loss(process, net, x)
+                loss = method.loss(process, net, x, label)
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(params, config["clip"], foreach=fast or None)

@@ -1,11 +1,17 @@
 """Conditional generation against the exact conditional law, for the rules of sample.py, as a Markdown table.
 
     python bench/conditions.py
+    python bench/conditions.py --ckpt runs/agm-digits/ckpt.pt --strip strip.png
 
 Data of 8 numbers as 1x1x8 images, of which 4 are known; the denoiser is exact, so all error is the rule's and the
 sampler's. `gauss`: correlation .9^|i - j|. `mixture`: two such Gaussians at -0.5 and 0.5. For the 4 unknown numbers:
 mean, the error of the conditional mean in conditional standard deviations (root mean square), and cov, the relative
 error of the conditional covariance (Frobenius norm), over --n samples of each of --known observations.
+
+With --ckpt, the left half of --digits held-out digits is known, and that network completes them in 20 calls. label: the
+share whose nearest training digit has the original's class; original, nearest: mean distance to the original, and to
+the nearest training digit. --strip draws, for four of them, the original, what is known, and six completions by the
+paper's rule and by covariance (AGM).
 """
 
 import argparse
@@ -16,6 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
 import sample
 from train import METHODS, run
 
@@ -79,15 +86,58 @@ def covariance(steps):
 
 
 RULES = {"paper's": redrawing, "covariance, 2 steps": covariance(2), "covariance, 3 steps": covariance(3)}
-TOY = "--n 20 --known 1 --nfe 2".split()
+
+
+def digits(path, count, strip):
+    """The table of the trained network, and the picture."""
+    known = (torch.arange(8) < 4).float().expand(8, 8)
+    dataset = data.load("digits")
+    train_set = dataset.train.flatten(1) / 127.5 - 1
+    originals, classes = dataset.test[:count] / 127.5 - 1, dataset.test_labels[:count]
+
+    def complete(method, order, rule, x, **options):
+        _, module, process, net = sample.restore(path, "cpu", method=method, order=order)
+        see, fill = sample.observation(known)
+        condition = rule(module, see, fill, see(x))
+        m0 = process.prior(x.shape, torch.Generator().manual_seed(0))
+        return module.ode(process, net, m0, 20, data_mean=None, condition=condition, **options)
+
+    def scores(x):
+        distance, index = torch.cdist(x.flatten(1), train_set).min(1)
+        same = (dataset.train_labels[index] == classes).double().mean()
+        return f"{same:.3f} | {(x - originals).flatten(1).norm(dim=1).mean():.2f} | {distance.mean():.2f}"
+
+    print("| process | rule | label | original | nearest |\n|---|---|---|---|---|")
+    print(f"| the originals | | {scores(originals)} |")
+    for method, order in (("agm", None), ("hold", 1), ("hold", 2), ("hold", 3)):
+        for title, rule in RULES.items():
+            for eta in (0.0, 1.0):
+                torch.manual_seed(0)
+                row = scores(complete(method, order, rule, originals, eta=eta))
+                print(f"| {method.upper()}{order or ''} | {title}{', eta 1' if eta else ''} | {row} |", flush=True)
+    if strip:
+        x = originals[:4].repeat_interleave(6, 0)
+        rules = [complete("agm", None, rule, x).unflatten(0, (4, 6)) for rule in list(RULES.values())[:2]]
+        gap = torch.zeros_like(originals[:4, None])
+        cells = torch.cat([originals[:4, None], (originals * known)[:4, None], gap, rules[0], gap, rules[1]], 1)
+        pixels = data.Dataset.to_pixels(cells.flatten(0, 1))
+        data.write_png(strip, data.image_grid(pixels, columns=cells.shape[1], scale=5))
+
+
+TOY = "--n 20 --known 1 --nfe 2 --digits 5".split()
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--n", type=int, default=2000, help="samples of each observation")
+    p.add_argument("--n", type=int, default=10_000, help="samples of each observation")
     p.add_argument("--known", type=int, default=5, help="observations")
     p.add_argument("--nfe", type=int, nargs="+", default=[10, 20, 100], help="network calls")
+    p.add_argument("--ckpt", help="a denoiser trained on digits, to measure in place of the exact one")
+    p.add_argument("--digits", type=int, default=200, help="with --ckpt: held-out digits")
+    p.add_argument("--strip", help="with --ckpt: a PNG to write")
     args = p.parse_args(argv)
+    if args.ckpt:
+        return digits(Path(args.ckpt), args.digits, args.strip)
     head = "".join(f" mean {k} | cov {k} |" for k in args.nfe)
     print(f"| data | process | rule |{head}\n|---|---|---|{'---|' * 2 * len(args.nfe)}")
     mask = (torch.arange(D) % 2).double()

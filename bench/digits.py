@@ -2,6 +2,7 @@
 
     python bench/digits.py --ckpt runs/agm-digits/ckpt.pt --nfe 5 10 20
     python bench/digits.py --ckpt runs/agm-digits/ckpt.pt --only "HOLD3 denoiser, ode" "EDM, UniPC" --nfe 5 10
+    python bench/digits.py --ckpt runs/agm-digits/ckpt.pt --guidance 0 1 1.5 3      of a run with --classes
 
 Contenders have the names of peers.py; without --only they are the samplers of the checkpoint's own process. Pixels lie
 in [-1, 1]. `all`, `train`, `held-out` are the Fréchet distances of --n samples to all 1,797 digits, to the four fifths
@@ -9,10 +10,12 @@ that were trained on and to the fifth that was held out; `nearest` is the mean d
 training digit; `flow` is the root mean square distance, per pixel of the first 500 samples, to where the network's own
 flow takes the same noise in 400 calls. The first rows are the data's own: as many digits as samples (half of all at
 most) against the others, train against held-out, and the nearest training digit of a held-out one. A sampler that
-memorised would come out nearer than that.
+memorised would come out nearer than that. With --guidance, as many samples of each class are drawn by the run's own
+default sampler, and `right` is the share of them whose nearest digit has the class that was asked for.
 """
 
 import argparse
+import itertools
 import sys
 import time
 from functools import partial
@@ -24,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import peers
 
 import data
+import sample
 import train
 from train import run
 
@@ -43,6 +47,19 @@ def nearest(a, b):
     return torch.cdist(a, b).min(1).values.mean().item()
 
 
+def by_class(path, args, measure, everything, classes):
+    """The rows of --guidance; NFE counts all calls."""
+    config, method, process, net = sample.restore(path, "cpu")
+    for guidance, nfe in itertools.product(args.guidance, args.nfe):
+        wanted = argparse.Namespace(**{"class": "all", "n": args.n, "guidance": guidance})
+        n, label, means = sample.labels(wanted, config)
+        guided, sampler = sample.guide(net, guidance), next(iter(method.SAMPLERS.values()))
+        x = train.draw(sampler, process, guided, config["shape"], n, nfe, label=label, data_mean=means)
+        right = (classes[torch.cdist(x.flatten(1), everything).argmin(1)] == label).double().mean()
+        cells = [f"{v:.3f}" for v in (right, *measure(x))]
+        print("|", *(f"{cell} |" for cell in (guidance, nfe if guidance in (0, 1) else 2 * nfe, *cells)), flush=True)
+
+
 TOY = ["--nfe", "2", "--n", "70", "--flow-nfe", "4"]  # what the tests append
 
 
@@ -50,6 +67,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints trained on digits")
     p.add_argument("--only", nargs="+", help="contenders whose name contains one of these; default: all of its own")
+    p.add_argument("--guidance", type=float, nargs="+", help="strengths, for runs with --classes")
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20], help="network calls")
     p.add_argument("--n", type=int, default=1797, help="samples")
     p.add_argument("--flow-nfe", type=int, default=400, help="network calls of the converged flow")
@@ -68,6 +86,11 @@ def main(argv=None):
     def measure(x):
         x = x.clamp(-1, 1).flatten(1)
         return [frechet(x, everything), frechet(x, train_set), frechet(x, test), nearest(x, train_set)]
+
+    if args.guidance:
+        print("| guidance | NFE | right | all | train | held-out | nearest |\n" + "|---" * 7 + "|")
+        labels = torch.cat([digits.train_labels, digits.test_labels])
+        return [by_class(path, args, measure, everything, labels) for path in args.ckpt]
 
     sampling = partial(peers.evaluate, score=lambda row: row[0], n_flow=500, flow_nfe=args.flow_nfe, batch=250)
     print("| run | contender | NFE | all | train | held-out | nearest | flow | seconds |\n" + "|---" * 9 + "|")

@@ -82,8 +82,8 @@ def flow(process, net, m, steps):
     turn[-1, -1] = 0
     for t, t_next in pairwise((*ts, ts[-1])):
         calls.append((torch.tensor(t), m, hold_ref.denoise(process, net, m, t)))
-        m = hold_ref.kick(process, calls[-1][2], m, t, (t - t_next) / 2)
-        m = hold_ref.mix(torch.linalg.matrix_exp((t - t_next) * turn), m)
+        kicked = hold_ref.mix(hold_ref.kick(process, t, (t - t_next) / 2), torch.cat(calls[-1][1:], 1))
+        m = hold_ref.mix(torch.linalg.matrix_exp((t - t_next) * turn), kicked)
     return [torch.stack(v) for v in zip(*calls, strict=True)]
 
 
@@ -180,7 +180,7 @@ def hold12(args):
             for (t, m, _), colors in zip(paths, (["w"] * 6, ["C1", "C2", "C3"]), strict=True):
                 for k, color in enumerate(colors):
                     ax.plot(t.sqrt(), m[:, k, i], color=color, lw=0.9)
-            ax.set(xlim=(root[-1], root[0]), ylim=(-3, 3), title=f"{NAMES[order]}, {block}")
+            ax.set(xlim=(float(root[-1]), float(root[0])), ylim=(-3, 3), title=f"{NAMES[order]}, {block}")
             ax.set_xticks([t**0.5 for t in (6, 4, 2, 1, 0.5, 0.1)], [6, 4, 2, 1, 0.5, 0.1])
     fig.supxlabel("t, root scale; white: flow, coloured: SDE, grey: the law; exact denoiser, no network", fontsize=10)
     return fig, f"W1 to the data: {'; '.join(numbers)}"

@@ -820,7 +820,8 @@ def histogram(points, size=480, limit=None):
     limit = [(-limit, limit)] * 2 if isinstance(limit, (int, float)) else limit or extent(points)
     points, bins = points[np.isfinite(points).all(1)], size // 2
     if points.shape[1] == 1:
-        count = np.histogram(points[:, 0], bins, limit[0])[0]
+        bars = min(bins, math.isqrt(len(points)) + 1)  # few samples would make a comb of narrow bars
+        count = np.histogram(points[:, 0], bars, limit[0])[0][np.arange(bins) * bars // bins]
         level = np.arange(bins)[::-1, None] < 0.95 * bins * count / max(count.max(), 1)
     else:
         count = np.flip(np.histogram2d(points[:, 0], points[:, 1], bins, limit[:2])[0].T, 0)

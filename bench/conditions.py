@@ -37,16 +37,16 @@ def weights(r, cov):
     return torch.softmax(-(torch.linalg.solve(cov, r.mT).mT * r).sum(-1).mT / 2, 1)
 
 
-def exact_net(centres, sigma_data):
+def exact_net(centres, sigma_data, cov=COV):
     """The network whose denoiser is the posterior mean: E[x | y] is a mean over the Gaussians, of x = c + K (y - c)."""
 
     def net(y, t, label=None):
         root = float(1 / t[0] - 1)  # 1 / sigma
         c_in = 1 / math.sqrt(1 + sigma_data**2 * root**2)
         u = y.flatten(1).double() / c_in  # y / sigma
-        noisy = root**2 * COV + torch.eye(D)
+        noisy = root**2 * cov + torch.eye(len(cov))
         r = u - root * centres[:, None]  # (k, N, d)
-        means = centres[:, None] + root * torch.linalg.solve(noisy, r.mT).mT @ COV
+        means = centres[:, None] + root * torch.linalg.solve(noisy, r.mT).mT @ cov
         x = (weights(r, noisy).mT[..., None] * means).sum(0)
         return ((x - sigma_data**2 * root * c_in**2 * u) / (sigma_data * c_in)).reshape(y.shape).to(y)
 

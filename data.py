@@ -445,10 +445,11 @@ def read_array(path):
     if not path.is_file():
         raise UserError(f"no file {path}: give the path of an existing .npy or .npz file")
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded, None
-        with loaded:
+        with path.open("rb") as file:  # numpy would leave a broken zip open
+            if file.read(6) == b"\x93NUMPY":
+                return np.load(path, mmap_mode="r", allow_pickle=False), None
+            file.seek(0)
+            loaded = np.load(file, allow_pickle=False)
             names = [key for key in loaded.files if key != "labels"]
             known = {"images", "x"} if "arr_1" in names else {"images", "x", "arr_0"}
             chosen = names if len(names) == 1 else [key for key in names if key in known]

@@ -482,6 +482,7 @@ def train(config, ckpt=None):
     start, steps, save_every = ckpt["step"] if ckpt else 0, config["steps"], config["save_every"]
     out, log = claim(config, bool(ckpt))
     if WORLD > 1:
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions, whose strides say nothing
         RANK or dist.init_process_group()  # now that all is checked; the others wait for it in main
         served = DistributedDataParallel(served)
     config["out"], again, stop = str(out), f"python train.py --resume --out {shlex.quote(str(out))}", []

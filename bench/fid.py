@@ -125,7 +125,7 @@ def pictures(path):
     array = data.as_samples(path, data.read_array(path)[0])
     if array.dtype != np.uint8:
         raise data.UserError(f"{path} holds points: the distance is one of images")
-    return torch.from_numpy(array).permute(0, 3, 1, 2)
+    return data.gather(array, range(len(array)), lambda part: part.transpose(0, 3, 1, 2), np.uint8)
 
 
 def batches(source, size, shape=None):

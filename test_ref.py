@@ -3679,7 +3679,9 @@ def test_the_update_does_not_depend_on_how_many_share_the_batch(folder, monkeypa
     for other in others:
         for i, state in whole["optimizer"]["state"].items():  # sums of three gradients, and of their squares
             assert worst(state["exp_avg"], other["optimizer"]["state"][i]["exp_avg"]) < 1e-6
-        assert all(worst(v, other["ema"][k]) < 1e-5 for k, v in whole["ema"].items())
+        for i, (k, weight) in enumerate(whole["net"].items()):  # AdamW divides by |gradient|: rounding counts near 0
+            large = whole["optimizer"]["state"][i]["exp_avg_sq"].sqrt() > 1e-5
+            assert worst(weight[large], other["net"][k][large]) < 1e-5
     assert max(state["exp_avg"].abs().max() for state in whole["optimizer"]["state"].values()) > 1e-2
     for out in ("parts", "both"):
         for found, right in zip(losses(folder / out).values(), losses(folder / "whole").values(), strict=True):

@@ -8,10 +8,10 @@ sampler's. `gauss`: correlation .9^|i - j|. `mixture`: two such Gaussians at -0.
 mean, the error of the conditional mean in conditional standard deviations (root mean square), and cov, the relative
 error of the conditional covariance (Frobenius norm), over --n samples of each of --known observations.
 
-With --ckpt, the left half of --digits held-out digits is known, and that network completes them in 20 calls. label: the
-share whose nearest training digit has the original's class; original, nearest: mean distance to the original, and to
-the nearest training digit. --strip draws, for four of them, the original, what is known, and six completions by the
-paper's rule and by covariance (AGM).
+With --ckpt, the left half of --digits held-out digits is known, and that network completes them in 20 calls (the middle
+one of --nfe). label: the share whose nearest training digit has the original's class; original, nearest: mean distance
+to the original, and to the nearest training digit. --strip draws, for four of them, the original, what is known, and
+six completions by the paper's rule and by covariance (AGM).
 """
 
 import argparse
@@ -88,7 +88,7 @@ def covariance(steps):
 RULES = {"paper's": redrawing, "covariance, 2 steps": covariance(2), "covariance, 3 steps": covariance(3)}
 
 
-def digits(path, count, strip):
+def digits(path, count, strip, nfe):
     """The table of the trained network, and the picture."""
     known = (torch.arange(8) < 4).float().expand(8, 8)
     dataset = data.load("digits")
@@ -100,7 +100,7 @@ def digits(path, count, strip):
         see, fill = sample.observation(known)
         condition = rule(module, see, fill, see(x))
         m0 = process.prior(x.shape, torch.Generator().manual_seed(0))
-        return module.ode(process, net, m0, 20, data_mean=None, condition=condition, **options)
+        return module.ode(process, net, m0, nfe, data_mean=None, condition=condition, **options)
 
     def scores(x):
         distance, index = torch.cdist(x.flatten(1), train_set).min(1)
@@ -137,7 +137,7 @@ def main(argv=None):
     p.add_argument("--strip", help="with --ckpt: a PNG to write")
     args = p.parse_args(argv)
     if args.ckpt:
-        return digits(Path(args.ckpt), args.digits, args.strip)
+        return digits(Path(args.ckpt), args.digits, args.strip, args.nfe[len(args.nfe) // 2])
     head = "".join(f" mean {k} | cov {k} |" for k in args.nfe)
     print(f"| data | process | rule |{head}\n|---|---|---|{'---|' * 2 * len(args.nfe)}")
     mask = (torch.arange(D) % 2).double()

@@ -101,14 +101,15 @@ class AGM:
         return torch.stack([t**2 * (6 - 4 * t + t**2), 4 * t * (3 - 3 * t + t**2)], -1) / 3
 
     def cov(self, t):
-        """(..., 2, 2): M Cov(c) M^T."""
-        _, M, C = self.modes(t)
-        return M @ C @ M.mT
+        """(..., 2, 2): L L^T."""
+        L = self.cholesky(t)
+        return L @ L.mT
 
     @by_time
     def cholesky(self, t):
-        """(..., 2, 2): lower L with L L^T = cov(t). L_vv = |det M| sqrt(det C) / L_xx: no cancellation as t -> 1."""
-        (tau, _, C), S = self.modes(t), self.cov(t)
+        """(..., 2, 2): lower L with L L^T = M Cov(c) M^T; L_vv = |det M| sqrt(det C) / L_xx does not cancel as t -> 1."""
+        tau, M, C = self.modes(t)
+        S = M @ C @ M.mT
         Lxx = S[..., 0, 0].sqrt()
         det = C[..., 0, 0] * C[..., 1, 1] - C[..., 0, 1] ** 2
         return matrix([[Lxx, torch.zeros_like(Lxx)], [S[..., 0, 1] / Lxx, 3 * tau**4 * det.sqrt() / Lxx]])
@@ -206,8 +207,9 @@ def hop(process, F, m, t):
 def training_pair(process, x1, t, eps):
     """State m (B, 2C, ...) and label F/s (B, C, ...) at times t (B,) with noise eps (B, 2C, ...)."""
     m = mix(process.mean(t)[..., None], x1) + mix(process.cholesky(t), eps)
-    F = each(4 * (1 - t) ** 2, x1) + mix(gain(process, t)[:, None], eps)
-    return m, each(1 / scale(process, t), F)
+    r = gain(process, t)
+    F = each(4 * (1 - t) ** 2, x1) + mix(r[:, None], eps)
+    return m, each(1 / r.norm(dim=-1), F)
 
 
 def loss(process, net, x1, label=None):

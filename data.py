@@ -90,6 +90,7 @@ def open_part(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "r+b", opener=lambda path, _: os.open(path, flags, 0o666))  # noqa: SIM115, it stays open
     if not lock(file):
+        file.close()
         raise UserError(f"another process is writing {path}: wait for it, then run again")
     return file
 
@@ -624,12 +625,12 @@ def pictures(path, size):
         folders = [f[1:] for f in folders]
     classes = {name: i for i, name in enumerate(sorted({f[0] for f in folders}))} if all(folders) else {}
     notes = [f"{path}: {n} pictures {array.shape[1:]}"]
-    notes += [f"{len(classes)} classes: {', '.join(f'{i} {name}' for name, i in [*classes.items()][:20])}"] * bool(
-        classes
-    )
+    if classes:
+        notes.append(f"{len(classes)} classes: {', '.join(f'{i} {name}' for name, i in [*classes.items()][:20])}")
     notes += [f"{k} {key}" for key, k in state["notes"].items() if key != "grey" or k < n]
-    broken = ", ".join(f"{why(name)} ({text})" for name, text in [*skipped.items()][:5])
-    notes += [f"{len(skipped)} broken and skipped: {broken}"] * bool(broken)
+    if skipped:
+        broken = ", ".join(f"{why(name)} ({text})" for name, text in [*skipped.items()][:5])
+        notes.append(f"{len(skipped)} broken and skipped: {broken}")
     print("; ".join(notes), file=sys.stderr)
     return samples(path, path.stem, array, np.array([classes[f[0]] for f in folders]) if classes else None)
 

@@ -146,12 +146,12 @@ def settle(args):
             raise data.UserError(f"--{flag.replace('_', '-')} belongs to --{needs}: add that, or leave it out")
 
 
-def labels(args, config):
-    """How many samples, their classes (n,) or None, and the mean that their flow starts from: with classes, a row for
-    each of them."""
-    shape, wanted = config["shape"], getattr(args, "class")
+def labels(config, n, wanted, guidance):
+    """How many samples (n, or the default), the classes (n,) that are wanted (a number, all) or None, and the mean that
+    their flow starts from: with classes, a row for each of them."""
+    shape = config["shape"]
     classes, every = config["labels"] if config["classes"] else 0, wanted == "all"
-    n = args.n or (10_000 if len(shape) == 1 else 8 * classes if every else 64)
+    n = n or (10_000 if len(shape) == 1 else 8 * classes if every else 64)
     mean = config.get("data_mean", 0.0 if len(shape) == 1 else None)  # older checkpoints do not know that of images
     if wanted is None:
         return n, None, mean
@@ -162,7 +162,7 @@ def labels(args, config):
     label = torch.arange(n) * classes // n if every else torch.full((n,), int(wanted))
     means = config.get("class_means")
     if means is not None:
-        means = (mean + args.guidance * (means - mean)).clamp(-config["bound"], config["bound"])
+        means = (mean + guidance * (means - mean)).clamp(-config["bound"], config["bound"])
     return n, label, means
 
 
@@ -188,7 +188,7 @@ def sample(args):
     name, sampler, options = sampler_options(method, args)
     out, shape = Path(args.out) if args.out else path.parent, tuple(config["shape"])
     given = conditional(args, method, process, shape, device)
-    n, label, mean = labels(args, config)
+    n, label, mean = labels(config, args.n, getattr(args, "class"), args.guidance)
     pngs = Path(args.png_dir) if args.png_dir else None
     if pngs and (any(pngs.glob("*")) or out.resolve().is_relative_to(pngs.resolve())):
         raise data.UserError(f"--png-dir {pngs} must be new or empty, and another folder than that of --out")
@@ -261,13 +261,10 @@ def collect(drawn, config, n, batch, part):
     C, *size = config["shape"]
     array, done, owned = np.empty((n, *size, C), np.uint8 if size else np.float32), 0, False
     try:
-        with open(part, "a+b") if n > batch else io.BytesIO() as file:
-            owned = data.lock(file)
-            if not owned:
-                raise data.UserError(f"another process is writing {part}: wait for it, or choose another --out")
-            file.seek(0)
+        with data.open_part(part) if n > batch else io.BytesIO() as file:
+            owned = True
             done = kept = file.readinto(array) // (batch * array[0].nbytes) * batch  # without a batch that was cut
-            file.truncate(kept * array[0].nbytes)
+            file.seek(file.truncate(kept * array[0].nbytes))
             if kept:
                 print(f"going on after {kept} samples in {part}", flush=True)
             with closing(progress(drawn(start=kept), n, kept)) as parts:

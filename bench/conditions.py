@@ -95,8 +95,7 @@ def digits(path, count, strip, nfe):
     train_set = dataset.train.flatten(1) / 127.5 - 1
     originals, classes = dataset.test[:count] / 127.5 - 1, dataset.test_labels[:count]
 
-    def complete(method, order, rule, x, **options):
-        _, module, process, net = sample.restore(path, "cpu", method=method, order=order)
+    def complete(module, process, net, rule, x, **options):
         see, fill = sample.observation(known)
         condition = rule(module, see, fill, see(x))
         m0 = process.prior(x.shape, torch.Generator().manual_seed(0))
@@ -109,15 +108,17 @@ def digits(path, count, strip, nfe):
 
     print("| process | rule | label | original | nearest |\n|---|---|---|---|---|")
     print(f"| the originals | | {scores(originals)} |")
-    for method, order in (("agm", None), ("hold", 1), ("hold", 2), ("hold", 3)):
+    models = (("agm", None), ("hold", 1), ("hold", 2), ("hold", 3))
+    restored = {model: sample.restore(path, "cpu", False, *model)[1:] for model in models}
+    for (method, order), model in restored.items():
         for title, rule in RULES.items():
             for eta in (0.0, 1.0):
                 torch.manual_seed(0)
-                row = scores(complete(method, order, rule, originals, eta=eta))
+                row = scores(complete(*model, rule, originals, eta=eta))
                 print(f"| {method.upper()}{order or ''} | {title}{', eta 1' if eta else ''} | {row} |", flush=True)
     if strip:
         x = originals[:4].repeat_interleave(6, 0)
-        rules = [complete("agm", None, rule, x).unflatten(0, (4, 6)) for rule in list(RULES.values())[:2]]
+        rules = [complete(*restored["agm", None], rule, x).unflatten(0, (4, 6)) for rule in list(RULES.values())[:2]]
         gap = torch.zeros_like(originals[:4, None])
         cells = torch.cat([originals[:4, None], (originals * known)[:4, None], gap, rules[0], gap, rules[1]], 1)
         pixels = data.Dataset.to_pixels(cells.flatten(0, 1))

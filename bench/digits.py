@@ -42,8 +42,7 @@ def by_class(path, args, measure, everything, classes):
     """The rows of --guidance; NFE counts all calls."""
     config, method, process, net = sample.restore(path, "cpu")
     for guidance, nfe in itertools.product(args.guidance, args.nfe):
-        wanted = argparse.Namespace(**{"class": "all", "n": args.n, "guidance": guidance})
-        n, label, means = sample.labels(wanted, config)
+        n, label, means = sample.labels(config, args.n, "all", guidance)
         guided, sampler = sample.guide(net, guidance), next(iter(method.SAMPLERS.values()))
         x = train.draw(sampler, process, guided, config["shape"], n, nfe, label=label, data_mean=means)
         right = (classes[torch.cdist(x.flatten(1), everything).argmin(1)] == label).double().mean()
@@ -68,22 +67,23 @@ def main(argv=None):
     digits = data.load("digits")
     train_set, test = ((x.flatten(1).float() / 127.5 - 1) for x in (digits.train, digits.test))
     everything = torch.cat([train_set, test])
-    floor, k = [], min(args.n, len(everything) // 2)
-    for seed in range(20):
-        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
-        floor.append(frechet(moments([everything[order[:k]]]), moments([everything[order[k:]]])))
-    floor = torch.tensor(floor)
     known = [moments([part]) for part in (everything, train_set, test)]
 
     def measure(x):
         x = x.clamp(-1, 1).flatten(1)
-        return [*(frechet(moments([x]), part) for part in known), nearest(x, train_set)]
+        found = moments([x])
+        return [*(frechet(found, part) for part in known), nearest(x, train_set)]
 
     if args.guidance:
         print("| guidance | NFE | right | all | train | held-out | nearest |\n" + "|---" * 7 + "|")
         labels = torch.cat([digits.train_labels, digits.test_labels])
         return [by_class(path, args, measure, everything, labels) for path in args.ckpt]
 
+    floor, k = [], min(args.n, len(everything) // 2)
+    for seed in range(20):
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
+        floor.append(frechet(moments([everything[order[:k]]]), moments([everything[order[k:]]])))
+    floor = torch.tensor(floor)
     sampling = partial(peers.evaluate, score=lambda row: row[0], n_flow=500, flow_nfe=args.flow_nfe, batch=250)
     print("| run | contender | NFE | all | train | held-out | nearest | flow | seconds |\n" + "|---" * 9 + "|")
     print(f"| data: {k} against the others | | | {floor.mean():.3f} ± {floor.std():.3f} | | | | | |")

@@ -107,7 +107,7 @@ class AGM:
 
     @by_time
     def cholesky(self, t):
-        """(..., 2, 2): lower L with L L^T = M Cov(c) M^T; L_vv = |det M| sqrt(det C) / L_xx does not cancel as t -> 1."""
+        """(..., 2, 2): lower L, L L^T = M Cov(c) M^T. L_vv = |det M| sqrt(det C) / L_xx: nothing cancels as t -> 1."""
         tau, M, C = self.modes(t)
         S = M @ C @ M.mT
         Lxx = S[..., 0, 0].sqrt()
@@ -340,12 +340,8 @@ def free_motion(process, m, t, h, randn):
     """dx = v dt, dv = g dW over [t, t + h], drawn exactly: a kick dv at t + u has moved x by (h - u) dv at the end."""
     u, du = gauss_legendre(0.0, h)
     Q = process.p * (1 - t - u) * du.sqrt() * torch.stack([torch.ones_like(u), h - u])  # (2, nodes), as v, x
-    return drift(m, h) + mix(torch.linalg.cholesky(Q @ Q.mT).flip(0), randn(m))
-
-
-def drift(m, h):
-    """The exact flow of dx = v dt."""
-    return mix(torch.tensor([[1.0, h], [0.0, 1.0]], dtype=torch.float64), m)
+    x, v = m.chunk(2, 1)
+    return torch.cat([x + h * v, v], 1) + mix(torch.linalg.cholesky(Q @ Q.mT).flip(0), randn(m))
 
 
 @torch.no_grad()
@@ -416,17 +412,18 @@ def exponential(
 def advance(flow, m, nodes, t, t_next):
     """The state at t_next: N by Lagrange through `nodes`, pairs (time, N)."""
     at, N = zip(*nodes, strict=True)
-    return drift(m, t_next - t) + mix(weights(flow, at, t, t_next), torch.cat(N, 1))
+    return mix(weights(flow, at, t, t_next), torch.cat([m, *N], 1))
 
 
 @lru_cache(1000)
 def weights(flow, at, t, t_next):
-    """(2, nodes): what N at each of the times `at` adds to x and v, int (t_next - u, 1) s(u) l(u) du with its Lagrange
-    polynomial l, by Gauss-Legendre."""
+    """(2, 2 + nodes), on cat(m, N at each of the times `at`): x + h v, v, and what N adds to both, int (t_next - u, 1)
+    s(u) l(u) du with its Lagrange polynomial l, by Gauss-Legendre."""
     u, du = gauss_legendre(t, t_next)
     basis = torch.stack([math.prod([(u - b) / (a - b) for b in at if b != a], start=torch.ones_like(u)) for a in at])
     force = du * scale(flow, u) * basis
-    return torch.stack([((t_next - u) * force).sum(-1), force.sum(-1)])
+    free = torch.tensor([[1.0, t_next - t], [0.0, 1.0]], dtype=torch.float64)
+    return torch.cat([free, torch.stack([((t_next - u) * force).sum(-1), force.sum(-1)])], 1)
 
 
 @lru_cache(1000)

@@ -1,6 +1,6 @@
 """The two networks: a residual MLP for points, a small UNet for images. Both are called as net(m, t, label=None).
 
-    m      state, (B, in_dim) for the MLP, (B, in_channels, H, W) for the UNet
+    m      state, (B, in_dim) for the MLP, (B, c_in, H, W) for the UNet
     t      process time, (B,), in [0, T]; the data are at t_data, which is T = 1 for AGM and 0 for HOLD
     label  None or class numbers (B,), int64; only for a net built with classes > 0
 
@@ -65,25 +65,15 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels,
-        out_channels,
-        width=64,
-        mult=(1, 2),
-        blocks=2,
-        attention=(),
-        dropout=0.0,
-        T=1.0,
-        t_data=1.0,
-        classes=0,
+        self, c_in, c_out, width=64, mult=(1, 2), blocks=2, attention=(), dropout=0.0, T=1.0, t_data=1.0, classes=0
     ):
         super().__init__()
         self.factor = 2 ** (len(mult) - 1)
         self.time = TimeEmbedding(4 * width, T, t_data, classes)
-        self.first = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.first = nn.Conv2d(c_in, width, 3, padding=1)
 
-        def block(c_in, c_out, level):
-            return Block(c_in, c_out, 4 * width, dropout, level in attention)
+        def block(c, c_new, level):
+            return Block(c, c_new, 4 * width, dropout, level in attention)
 
         self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [width], width
         for level, factor in enumerate(mult):
@@ -101,7 +91,7 @@ class UNet(nn.Module):
                 c = width * factor
             if level:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)))
-        self.last = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, out_channels, 3, padding=1)))
+        self.last = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, c_out, 3, padding=1)))
 
     def forward(self, m, t, label=None):
         e = silu(self.time(t, label))  # (B, 4 width)
@@ -115,7 +105,7 @@ class UNet(nn.Module):
             h = layer(h, e)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], 1), e) if isinstance(layer, Block) else layer(h)
-        return self.last(h)[..., :H, :W]  # (B, out_channels, H, W)
+        return self.last(h)[..., :H, :W]  # (B, c_out, H, W)
 
 
 class Block(nn.Module):

@@ -45,13 +45,8 @@ NEEDS = {
     "guidance": ("class", 1.0),
     **{"inject": ("stroke", "dyn"), "share": ("stroke", 0.25)},
     **{"mask": ("inpaint", None), "shrink": ("inpaint", None), "rule": ("inpaint", "covariance")},
-    **{
-        "passes": ("inpaint", 2),
-        "noise": ("inpaint", 0.0),
-        "tol": ("nll", 1e-4),
-        "data": ("nll", None),
-        "data_dir": ("nll", None),
-    },
+    **{"passes": ("inpaint", 2), "noise": ("inpaint", 0.0)},
+    **{"tol": ("nll", 1e-4), "data": ("nll", None), "data_dir": ("nll", None)},
 }
 
 

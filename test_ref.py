@@ -3582,8 +3582,8 @@ def test_errors_reach_the_shell_as_one_line_and_a_status(folder):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: no checkpoint at none.pt")
 
 
-def test_readme_states_the_line_counts():
-    text = (HERE / "README.md").read_text()
+def test_readmes_state_the_line_counts():
+    text = "".join((HERE / name).read_text() for name in ("README.md", "bench/README.md"))
     stated = dict(re.findall(r"`([\w./]+\.py)` \| (\d+)", text))
     assert set(stated) == {p.name for p in HERE.glob("*.py")} | {f"bench/{p.name}" for p in HERE.glob("bench/*.py")}
     for name, lines in stated.items():

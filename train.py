@@ -257,10 +257,8 @@ def load_checkpoint(path, device="cpu"):
                 if check(key, value) != value:  # a number as text
                     raise ValueError(f"{key} {value!r}")
         step, shape, mean = ckpt["step"], tuple(config["shape"]), torch.as_tensor(given.get("data_mean", 0.0))
-        means, wanted = (
-            given.get("class_means", torch.zeros(0)),
-            (given["labels"], *shape) if given.get("classes") else (),
-        )
+        means = given.get("class_means", torch.zeros(0))
+        wanted = (given["labels"], *shape) if given.get("classes") else ()
         units = torch.as_tensor(config["shift"]).shape
         if len(shape) not in (1, 3) or not {mean.shape, units} <= {(), shape} or type(step) is not int or step < 0:
             raise ValueError(f"step {step}, shape {shape} with a mean of {mean.shape} and a shift of {units}")
@@ -432,7 +430,7 @@ def compare(found, config, name):
             raise data.UserError(f"{name} is not the run's data ({config['data']}): its {key} is {now}, that was {was}")
 
 
-def restore(ckpt, net, ema, optimizer):
+def load_state(ckpt, net, ema, optimizer):
     """Weights, optimizer and random numbers as at the save."""
     try:
         net.load_state_dict(ckpt["net"])
@@ -442,10 +440,7 @@ def restore(ckpt, net, ema, optimizer):
         for p, state in optimizer.state.items():
             if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
                 raise ValueError("optimizer of another net")
-            for key in (
-                "exp_avg",
-                "exp_avg_sq",
-            ):  # older runs had another layout, which the fused AdamW does not notice
+            for key in ("exp_avg", "exp_avg_sq"):  # the fused AdamW does not notice that older runs had another layout
                 state[key] = state[key].contiguous()
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if torch.cuda.is_available() and ckpt["rng"]["cuda"]:
@@ -478,7 +473,7 @@ def train(config, ckpt=None):
     params, averages, fast = list(net.parameters()), list(ema.parameters()), device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(params, lr=config["lr"], weight_decay=0.01, fused=fast)
     if ckpt:
-        restore(ckpt, net, ema, optimizer)
+        load_state(ckpt, net, ema, optimizer)
     start, steps, save_every = ckpt["step"] if ckpt else 0, config["steps"], config["save_every"]
     out, log = claim(config, bool(ckpt))
     if WORLD > 1:

@@ -1,7 +1,7 @@
 """What training and sampling cost beside the network itself, as Markdown tables of ratios.
 
     python bench/speed.py                               points and 8x8 digits; some ten minutes on a core
-    python bench/speed.py --sizes 28 32 --repeats 5     also larger images: random ones, which cost the same
+    python bench/speed.py --sizes 28 32 --batch 4       also larger images: random ones, which cost the same
 
 `training`: a step of train.py, from its batch to the moving average, over forward, backward and AdamW of the same
 network at a fixed input. `sampling`: a sampler of --nfe calls over as many bare calls. The two sides of a ratio take
@@ -50,10 +50,10 @@ def build(method, order, name, *options):
     return config, *train.build(config)[1:], tuple(dataset.shape)
 
 
-def training(method, order, param, name, repeats, warm=3):
+def training(method, order, param, repeats, name, options, warm=3):
     """The ratio of train.py's own step to the bare one, which is slipped in where train.py asks for a batch."""
     endless = "--steps 1000000 --log-every 1000000 --save-every 1000000".split()
-    config, process, net, (C, *size) = build(method, order, name, "--param", param, *endless)
+    config, process, net, (C, *size) = build(method, order, name, "--param", param, *endless, *options)
     m = torch.randn(config["batch"], C if param == "denoiser" else process.n * C, *size)
     adam, take, ours, bare, start = torch.optim.AdamW(net.parameters(), fused=True), data.Dataset.batch, [], [], None
 
@@ -104,6 +104,7 @@ TOY = "--repeats 1 --nfe 2 --orders 1 --prior 20 --sizes".split()
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--sizes", type=int, nargs="*", default=[], choices=[28, 32], help="also images of these sizes")
+    p.add_argument("--batch", help="of those images; default: that of their preset")
     p.add_argument("--orders", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], help="of HOLD; default: 1 to 6")
     p.add_argument("--repeats", type=int, default=15, help="of each of the two in a ratio; default: 15")
     p.add_argument("--nfe", type=int, default=20, help="network calls of the samplers; default: 20")
@@ -111,11 +112,12 @@ def main(argv=None):
     args = p.parse_args(argv)
     models = {"AGM": ("agm", 1), **{f"HOLD{n}": ("hold", n) for n in args.orders}}
     with tempfile.TemporaryDirectory() as folder:
-        sets = {"512 points": "spiral", "8x8": "digits", **{f"{n}x{n}": f"{folder}/{n}.npy" for n in args.sizes}}
+        sets, batch = {"512 points": ("spiral", []), "8x8": ("digits", [])}, [f"--batch={args.batch}"]
         for n in args.sizes:
-            np.save(sets[f"{n}x{n}"], torch.randint(256, (512, n, n, 1 if n == 28 else 3), dtype=torch.uint8).numpy())
+            sets[f"{n}x{n}"] = f"{folder}/{n}.npy", batch if args.batch else []
+            np.save(f"{folder}/{n}", torch.randint(256, (512, n, n, 1 if n == 28 else 3), dtype=torch.uint8).numpy())
         for param in ("denoiser", "paper"):
-            rows = ((k, [training(*v, param, d, args.repeats) for d in sets.values()]) for k, v in models.items())
+            rows = ((k, [training(*v, param, args.repeats, *d) for d in sets.values()]) for k, v in models.items())
             table(f"training, {param}", sets, rows)
 
     cases = {"64 digits": ("digits", 64), "10,000 points": ("spiral", 10_000), "256 points": ("spiral", 256)}

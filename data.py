@@ -472,14 +472,14 @@ def read_array(path):
 def fashion(data_dir):
     """Fashion-MNIST. No flips: its shoes all point to the left."""
     folder = Path(data_dir or FASHION_DIR).expanduser()
-    parts = []
+    pairs = []
     for part in ("train", "t10k"):
         images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)
         labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1)
         if len(images) != len(labels):
             raise UserError(f"{folder} has {len(images)} {part} images but {len(labels)} labels: fetch the files again")
-        parts.append((torch.from_numpy(images[:, None].copy()), label_tensor(labels)))
-    (train, train_labels), (test, test_labels) = parts
+        pairs.append((torch.from_numpy(images[:, None].copy()), label_tensor(labels)))
+    (train, train_labels), (test, test_labels) = pairs
     return Dataset("fashion", train, test, train_labels, test_labels)
 
 

@@ -1,8 +1,9 @@
-"""The figures of both papers, and one that neither has: a picture, and a line with its number.
+"""The figures of both papers, and two that neither has: a picture, and a line with its number.
 
     python bench/figures.py hold12
 
-AGM's: agm1, agm2, agm3, agm5 (digits). HOLD's: hold12 (numbers, an exact denoiser), hold34 (spiral). Neither's: snr.
+AGM's: agm1, agm2, agm3, agm5 (digits). HOLD's: hold12 (numbers, an exact denoiser), hold34 (spiral). Neither's: snr,
+calls (images).
 bench/README.md says what is in them. Networks are denoisers, AGM's and HOLD's samplers with one and the same.
 """
 
@@ -222,7 +223,19 @@ def snr(args):
     return fig, f"the n-th calls of ode are at most {float((high - low).max()):.2f} apart in log10 SNR"
 
 
-FIGURES = {f.__name__: f for f in (agm1, agm2, agm3, agm5, hold12, hold34, snr)}
+def calls(args):
+    images, numbers = [], []
+    for method, order in (("agm", 0), ("hold", 3)):
+        config, module, process, net = sample.restore(args.ckpt, "cpu", method=method, order=order or None)
+        options = dict(n=args.n or 16, batch=64, data_mean=config["data_mean"])
+        *few, many = (draw(module.ode, process, net, config["shape"], nfe=nfe, **options) for nfe in (5, 10, 20, 100))
+        for nfe, x in zip((5, 10, 20), few, strict=True):
+            numbers.append(f"{NAMES[order]}, {nfe} calls {float((x - many).square().mean().sqrt()):.3f}")
+            images.append(x[:16])
+    return strips(data.Dataset.to_pixels(torch.cat(images)), numbers), f"rms to 100 calls: {'; '.join(numbers)}"
+
+
+FIGURES = {f.__name__: f for f in (agm1, agm2, agm3, agm5, hold12, hold34, snr, calls)}
 TOY = "--n 20 --steps 4".split()
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import agm_ref
 import hold_ref
 import train
-from sample import restore
+from sample import labels, restore
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flow matching: x_t = (1 - t) noise + t x, the network learns x - noise
@@ -327,7 +327,7 @@ def draw(path, method, order, sampler, n, nfe, seed, grid, batch=1000, amp=False
     torch.manual_seed(seed + 10**6)  # the noise of stochastic steps, which must not repeat that of m0
     takes = inspect.signature(sampler).parameters
     if "data_mean" in takes and takes["data_mean"].default is not None:  # its free first node is on
-        grid = {"data_mean": config.get("data_mean", 0.0), **grid}
+        grid = {"data_mean": labels(config, n, None, 1.0)[2], **grid}
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         for i in range(0, n, batch):
             m0 = prior((min(batch, n - i), *config["shape"]), generator)

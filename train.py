@@ -59,7 +59,7 @@ PRESETS = {
     # Minutes on a CPU. Fresh points are free and large batches steady the loss; the cosine decay to zero makes the
     # learning rate safe; 20 layers of 128 are the size that published 2-D studies use.
     0: dict(steps=6000, batch=512, lr=1e-3, width=128, blocks=20, save_every=2000),
-    # digits: four minutes on two CPU cores; one update sees a tenth of the data. Few updates, so large ones, and a net
+    # digits: five minutes on two CPU cores; one update sees a tenth of the data. Few updates, so large ones, and a net
     # of 0.7M parameters: at this budget more steps beat a wider or deeper net.
     12: dict(steps=1400, batch=128, lr=3e-3, width=32, mult=[1, 2], blocks=1, save_every=350),
     # fashion: 43 epochs; 28 -> 14 -> 7.

@@ -137,19 +137,18 @@ class HOLD:
     @by_time
     def transition(self, t, column=None):
         """(..., n, n), or one column (..., n): exp(F t)."""
-        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")[..., None, None]
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         if not ((t >= 0) & (t < math.inf)).all():
             raise ValueError(f"HOLD time runs from 0 (data) to T (prior), got {t.min():g} to {t.max():g}")
         if not self.is_critical:
-            E = torch.linalg.matrix_exp(self.drift() * t)
+            E = torch.linalg.matrix_exp(self.drift() * t[..., None, None])
             return E if column is None else E[..., column]
-        lam, eye = -self.damping[1] / self.n, torch.eye(self.n, dtype=torch.float64)
-        power = total = eye if column is None else eye[:, [column]]
-        for k in range(1, self.n):
-            power = (self.drift() - lam * eye) @ power
-            total = total + power * t**k / math.factorial(k)
-        total = torch.exp(lam * t) * total
-        return total if column is None else total[..., 0]
+        n, lam = self.n, -self.damping[1] / self.n
+        N = self.drift() - lam * torch.eye(n, dtype=torch.float64)
+        terms = torch.stack([torch.linalg.matrix_power(N, k) / math.factorial(k) for k in range(n)])
+        # e^{lam t} t^k for all k
+        powers = torch.cat([torch.exp(lam * t)[..., None], t[..., None].expand(*t.shape, n - 1)], -1).cumprod(-1)
+        return torch.tensordot(powers, terms if column is None else terms[..., column], 1)
 
     @by_time
     def mean(self, t):

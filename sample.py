@@ -134,11 +134,19 @@ def sampler_options(method, args):
 
 def settle(args):
     """Fills in the defaults of NEEDS; an option without the one that it belongs to is refused."""
+    for flag, other, value in (("passes", "rule", "paper"), ("noise", "rule", "paper"), ("share", "inject", "init")):
+        if getattr(args, flag) is not None and getattr(args, other) == value:
+            raise data.UserError(f"--{other} {value} has no --{flag}: leave one of them out")
     for flag, (needs, default) in NEEDS.items():
         if getattr(args, flag) is None:
             setattr(args, flag, default)
         elif not getattr(args, needs):
             raise data.UserError(f"--{flag.replace('_', '-')} belongs to --{needs}: add that, or leave it out")
+
+
+def data_mean(config):
+    """The mean of the data, which their flow starts from; None: unknown, as in older checkpoints of images."""
+    return config.get("data_mean", 0.0 if len(config["shape"]) == 1 else None)
 
 
 def labels(config, n, wanted, guidance):
@@ -147,7 +155,7 @@ def labels(config, n, wanted, guidance):
     shape = config["shape"]
     classes, every = config["labels"] if config["classes"] else 0, wanted == "all"
     n = n or (10_000 if len(shape) == 1 else 8 * classes if every else 64)
-    mean = config.get("data_mean", 0.0 if len(shape) == 1 else None)  # older checkpoints do not know that of images
+    mean = data_mean(config)
     if wanted is None:
         return n, None, mean
     if not classes:
@@ -453,8 +461,6 @@ def conditional(args, method, process, shape, device):
         raise data.UserError(f"--inpaint {args.inpaint} has shape {tuple(picture.shape)}, the network draws {shape}")
     known = see(picture[None]) if picture.shape == shape else picture[None]
     if args.rule == "paper":
-        if args.noise:
-            raise data.UserError("--noise is for the rule by covariance: leave out --rule paper, or --noise")
         return lambda m0, randn: (m0, by_redrawing(method, see, fill, known, randn))
     if process.param != "denoiser":
         raise data.UserError("the rule by covariance needs a denoiser: --rule paper, or another --ckpt")

@@ -3,8 +3,8 @@
     python bench/figures.py hold12
 
 AGM's: agm1, agm2, agm3, agm5 (digits). HOLD's: hold12 (numbers, an exact denoiser), hold34 (spiral). Neither's: snr,
-calls (images).
-bench/README.md says what is in them. Networks are denoisers, AGM's and HOLD's samplers with one and the same.
+calls (images). bench/README.md says what is in them. Networks are denoisers, AGM's and HOLD's samplers with one and the
+same.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def agm1(args):
 def agm2(args):
     config, _, process, net = sample.restore(args.ckpt, "cpu", method="agm")
     seen, images, numbers, predict = [], [], [], agm_ref.precondition
-    ours = "AGM", process.prior, partial(agm_ref.ode, data_mean=config["data_mean"])
+    ours = "AGM", process.prior, partial(agm_ref.ode, data_mean=sample.data_mean(config))
     for nfe, (name, prior, sampler) in product((5, 10, 20), (ours, ("EDM", peers.FM().prior, peers.edm_heun))):
         seen.clear()
         m0 = prior((args.n or 64, *config["shape"]), torch.Generator().manual_seed(0))
@@ -227,7 +227,7 @@ def calls(args):
     images, numbers = [], []
     for method, order in (("agm", 0), ("hold", 3)):
         config, module, process, net = sample.restore(args.ckpt, "cpu", method=method, order=order or None)
-        options = dict(n=args.n or 16, batch=64, data_mean=config["data_mean"])
+        options = dict(n=args.n or 16, batch=64, data_mean=sample.data_mean(config))
         *few, many = (draw(module.ode, process, net, config["shape"], nfe=nfe, **options) for nfe in (5, 10, 20, 100))
         for nfe, x in zip((5, 10, 20), few, strict=True):
             numbers.append(f"{NAMES[order]}, {nfe} calls {float((x - many).square().mean().sqrt()):.3f}")

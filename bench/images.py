@@ -84,7 +84,7 @@ def main(argv=None):
     p.add_argument("--steps", type=int, default=5000, help="updates of 128 images a network")
     p.add_argument("--width", type=int, default=32, help="of the UNet")
     p.add_argument("--epochs", type=int, default=3, help="of the classifier")
-    p.add_argument("--amp", choices=["off", "bf16"], default="bf16", help="autocast of training and sampling")
+    p.add_argument("--amp", choices=["off", "bf16"], default="bf16", help="autocast of the training")
     p.add_argument("--out", default="runs/images", help="folder of networks and numbers")
     p.add_argument("--picture", help="also write this PNG: samples of AGM, HOLD of order 3, flow matching, EDM")
     args = p.parse_args(argv)
@@ -127,7 +127,7 @@ def main(argv=None):
     options = ["--data", str(file), "--width", str(args.width), "--mult", "1", "2", "--blocks", "1", "--batch", "128"]
     options += ["--lr", "2e-3", "--amp", args.amp]
     sampling = partial(peers.evaluate, score=lambda row: row[0], n_search=args.search, n_flow=500)
-    sampling = partial(sampling, flow_nfe=args.flow_nfe, batch=250, amp=args.amp == "bf16")
+    sampling = partial(sampling, flow_nfe=args.flow_nfe, batch=250)
     for kind in args.nets:
         path = peers.checkpoint(folder / f"{args.data}-{kind}", kind, args.steps, options)
         for contender in peers.contenders(kind, args.only):

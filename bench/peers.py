@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import agm_ref
 import hold_ref
 import train
-from sample import labels, restore
+from sample import data_mean, restore
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flow matching: x_t = (1 - t) noise + t x, the network learns x - noise
@@ -319,7 +319,7 @@ def checkpoint(out, kind, steps, options):
 
 
 @torch.no_grad()
-def draw(path, method, order, sampler, n, nfe, seed, grid, batch=1000, amp=False):
+def draw(path, method, order, sampler, n, nfe, seed, grid, batch=1000):
     """n samples on the CPU, `batch` at a time: the noise of the first is the same whatever n is."""
     config, _, process, net = restore(path, "cpu", method=method, order=order)
     prior = FM().prior if method is None and process.n > 1 else process.prior  # EDM's samplers start from plain noise
@@ -327,15 +327,14 @@ def draw(path, method, order, sampler, n, nfe, seed, grid, batch=1000, amp=False
     torch.manual_seed(seed + 10**6)  # the noise of stochastic steps, which must not repeat that of m0
     takes = inspect.signature(sampler).parameters
     if "data_mean" in takes and takes["data_mean"].default is not None:  # its free first node is on
-        grid = {"data_mean": labels(config, n, None, 1.0)[2], **grid}
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        for i in range(0, n, batch):
-            m0 = prior((min(batch, n - i), *config["shape"]), generator)
-            out.append(sampler(process, net, m0, nfe, **grid).float())
+        grid = {"data_mean": data_mean(config), **grid}
+    for i in range(0, n, batch):
+        m0 = prior((min(batch, n - i), *config["shape"]), generator)
+        out.append(sampler(process, net, m0, nfe, **grid).float())
     return torch.cat(out).clamp(-config["bound"], config["bound"])
 
 
-def converged(path, method, order, flow, n, seed, nfe, batch=1000, amp=False):
+def converged(path, method, order, flow, n, seed, nfe, batch=1000):
     """The first n samples again, from the same noise but along the network's own flow with so many calls that they no
     longer move. Kept beside the checkpoint. The peers, whose m0 is the noise of y, share that of HOLD of order 1.
 
@@ -348,7 +347,7 @@ def converged(path, method, order, flow, n, seed, nfe, batch=1000, amp=False):
     file = path.parent / f"{flow}-{method}{order or ''}-{nfe}-{seed}-{min(n, batch)}-{n}.pt"
     if not file.exists():
         sampler = fm_midpoint if fm else train.METHODS[method][0].SAMPLERS[flow]
-        torch.save(draw(path, method, order, sampler, n, nfe, seed, grid, batch, amp), file)
+        torch.save(draw(path, method, order, sampler, n, nfe, seed, grid, batch), file)
     return torch.load(file, weights_only=True)
 
 

@@ -112,9 +112,10 @@ def main(argv=None):
     args = p.parse_args(argv)
     models = {"AGM": ("agm", 1), **{f"HOLD{n}": ("hold", n) for n in args.orders}}
     with tempfile.TemporaryDirectory() as folder:
-        sets, batch = {"512 points": ("spiral", []), "8x8": ("digits", [])}, [f"--batch={args.batch}"]
+        sets = {"512 points": ("spiral", []), "8x8": ("digits", [])}
+        batch = ["--batch", args.batch] if args.batch else []
         for n in args.sizes:
-            sets[f"{n}x{n}"] = f"{folder}/{n}.npy", batch if args.batch else []
+            sets[f"{n}x{n}"] = f"{folder}/{n}.npy", batch
             np.save(f"{folder}/{n}", torch.randint(256, (512, n, n, 1 if n == 28 else 3), dtype=torch.uint8).numpy())
         for param in ("denoiser", "paper"):
             rows = ((k, [training(*v, param, args.repeats, *d) for d in sets.values()]) for k, v in models.items())

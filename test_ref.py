@@ -2568,6 +2568,9 @@ def test_runs_with_classes_resume_and_old_ones_are_sampled(folder, toy):
 
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+for number, _ in SIGNALS:  # nohup, or a shell's &, makes this process and its children deaf to some
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(("number", "status"), SIGNALS)
@@ -3301,8 +3304,7 @@ def test_two_runs_started_at_once_take_two_folders(folder):
 def test_a_signal_saves_and_says_how_to_go_on(folder, number, status):
     sizes = [*TOY, "--steps", "100000", "--save-every", "50000"]
     command = [sys.executable, str(HERE / "train.py"), "--out", "my run", *sizes]
-    heard = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}  # nohup's children ignore SIGHUP
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in running.stdout:
         if line.startswith("step 4 "):
             running.send_signal(number)

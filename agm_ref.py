@@ -7,9 +7,10 @@
     dx = v dt,    dv = a dt + g dW,    g = p tau,    (x, v) at 0 ~ N(0, [[1, k], [k, 1]])
     a* = (4/tau) ((x1 - x)/tau - v)
 
-Of all accelerations that reach x1 with the velocity of the straight line there, (x1 - x)/tau, a* costs the least,
-min int |a|^2 dt. Under a* the error e = x - x1 obeys e'' = -4 e/tau^2 - 4 e'/tau. Try e = tau^j: j (j - 1) = 4 j - 4,
-so j is 1 or 4, and
+All dimensions of the data behave alike; the vectors and matrices below act on the two blocks x and v. At every t, a* is
+the start of the cheapest path, min int |a|^2 dt, that ends at x1 with the velocity of the straight line from here,
+(x1 - x)/tau. Under a* the error e = x - x1 obeys e'' = -4 e/tau^2 - 4 e'/tau. Try e = tau^j: j (j - 1) = 4 j - 4, so j
+is 1 or 4, and
 
     (e, v) = M c,    M = [[tau, tau^4], [-1, -4 tau^3]],    c the two mode amplitudes
 
@@ -17,23 +18,27 @@ where c is constant but for the noise: a kick dv adds dc = M^-1 (0, dv) = dv/3 (
 m = (x, v) is Gaussian: m = mean x1 + L eps, eps ~ N(0, I), with L L^T = M Cov(c) M^T.
 
 2. The target is the acceleration that moves the particles of x1: F = a* for the SDE, and for the ODE of the same law
-F = a* - g^2/2 grad_v log p(m | x1). Both are affine in (x1, eps): F = 4 tau^2 x1 + r . eps. The network learns F/s,
-s = |r|, which has unit variance at x1 = 0. Regression on m gives E[F | m], and as F = w . m + b x1 this is a
+F = a* - g^2/2 grad_v log p(m | x1). Both are affine in (x1, eps): F = 4 tau^2 x1 + r . eps. The paper's network learns
+F/s, s = |r|, which has unit variance at x1 = 0. Regression on m gives E[F | m], and as F = w . m + b x1 this is a
 prediction of x1, and back.
 
-3. A denoiser will do. y = mean^T cov^-1 m / SNR, SNR = mean^T cov^-1 mean, is a sufficient statistic: m depends on x1
-only through it. It is x1 + sigma noise, sigma = SNR^-1/2, so E[x1 | m] = E[x1 | y]: one network serves every process.
+3. A denoiser will do, and is the default. y = mean^T cov^-1 m / SNR, SNR = mean^T cov^-1 mean, is a sufficient
+statistic: m depends on x1 only through it. It is x1 + sigma noise, sigma = SNR^-1/2, so E[x1 | m] = E[x1 | y]: one
+network serves every process.
 
-4. Samplers. In z = L^-1 m = kappa x1 + eps the ODE is dz = E[x1 | m] dkappa: given x1 the noise eps stands still.
+4. Samplers. Two ODEs have the law of m at every t. That of item 2, dx = v dt, dv = E[F | m] dt, is `exponential`'s.
+`ode` follows a simpler one in z = L^-1 m = kappa x1 + eps: dz = E[x1 | m] dkappa, as given x1 the noise eps stands
+still. From the same start they end at different samples.
 
     symbol    here           shape         meaning
-    m         m              (B, 2C, ...)  state cat(x, v); x1 has (B, C, ...), images in [-1, 1], points of unit scale
+    m         m              (B, 2C, ...)  state cat(x, v); x1 has (B, C, ...), images in [-1, 1], points of scale 1
     p, k      AGM.p, AGM.k                 diffusion scale; covariance of x and v in the prior
     mu        mean(t)        (..., 2)      mean of (x, v) per unit of x1
     Sigma, L  cov, cholesky  (..., 2, 2)   covariance of (x, v) given x1, and its lower factor
     kappa     kappa(t)       (..., 2)      L^-1 mean; |kappa|^2 is the SNR
     lambda    clock(t, R)    (...)         log(1 + R sqrt(SNR)), in which the steps of `ode` are even
     r, s      gain, scale    (..., 2), ()  noise part of F, and its length
+    w, b      affine         (..., 2), ()  F = w . m + b x1
     F_theta   s * net        (B, C, ...)   param = "paper": net(m, t, label), t of shape (B,)
     D         precondition   (B, C, ...)   param = "denoiser": E[x1 | y] from net(c_in y, c_noise, label)
 
@@ -53,8 +58,8 @@ import torch
 
 
 def by_time(f):
-    """f(process, t, ...) whose results are kept for times given as floats, which samplers ask for batch after batch:
-    do not change them in place."""
+    """f(process, t, ...) that keeps its results for times given as floats, as samplers ask for the same ones in every
+    batch: do not change them in place. They come from outside of inference mode, so that autograd can use them, too."""
     kept = lru_cache(4096)(torch.inference_mode(False)(f))
     return wraps(f)(lambda process, t, *args, **kw: (kept if isinstance(t, float) else f)(process, t, *args, **kw))
 
@@ -65,15 +70,15 @@ class AGM:
 
     p: float = 3.0  # diffusion scale, > 0
     k: float = -0.2  # prior covariance of x and v, |k| < 1
-    sde: bool = False  # which F the paper's network learns: the SDE's, or the ODE's
-    t0: float = 1e-5  # first and last time of training and of sampling
+    sde: bool = False  # which F the paper's network learns: the SDE's (True), or the ODE's
+    t0: float = 1e-5  # first and last time of sampling, and of the paper's training
     t1: float = 0.999
     bound: float = math.inf  # largest |x1| of the data (images: 1); data predictions are kept within it
     param: str = "denoiser"  # what the network learns: x1 from y, or F/s from m ("paper")
     sigma_data: float = 0.5  # standard deviation of the data
     n: ClassVar[int] = 2  # blocks of the state
-    T: ClassVar[float] = 1.0  # end of time
-    t_data: ClassVar[float] = 1.0  # where on it the data are
+    T: ClassVar[float] = 1.0  # the largest time
+    t_data: ClassVar[float] = 1.0  # the time of the data
 
     def __post_init__(self):
         if not (0 < self.p < math.inf and abs(self.k) < 1 and 0 < self.t0 < self.t1 < 1):
@@ -82,7 +87,7 @@ class AGM:
             raise ValueError(f"AGM wants bound > 0, sigma_data > 0 and param 'paper' or 'denoiser', got {self}")
 
     def modes(self, t):
-        """tau (...), M (..., 2, 2) and Cov(c) (..., 2, 2)."""
+        """t (...) as float64, M (..., 2, 2) and Cov(c) (..., 2, 2). ValueError for t outside of [0, 1)."""
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         if not ((t >= 0) & (t < 1)).all():
             raise ValueError(f"AGM time runs from 0 (prior) to 1 (data, excluded), got {t.min():g} to {t.max():g}")
@@ -92,12 +97,12 @@ class AGM:
         prior = torch.tensor([[1.0, self.k], [self.k, 1.0]], dtype=torch.float64)
         # int_0^t dc dc^T = p^2/9 int tau^2 (1, -tau^-3) (1, -tau^-3)^T dt
         kicks = matrix([[-torch.expm1(3 * log_tau), 3 * log_tau], [3 * log_tau, torch.expm1(-3 * log_tau)]])
-        return tau, M, M0_inv @ prior @ M0_inv.T + self.p**2 / 27 * kicks
+        return t, M, M0_inv @ prior @ M0_inv.T + self.p**2 / 27 * kicks
 
     @by_time
     def mean(self, t):
         """(..., 2): (1, 0) + M M(0)^-1 (-1, 0) = (1 - 4 tau/3 + tau^4/3, 4/3 (1 - tau^3)), in t: nothing cancels."""
-        t = 1 - self.modes(t)[0]
+        t = self.modes(t)[0]
         return torch.stack([t**2 * (6 - 4 * t + t**2), 4 * t * (3 - 3 * t + t**2)], -1) / 3
 
     def cov(self, t):
@@ -108,11 +113,11 @@ class AGM:
     @by_time
     def cholesky(self, t):
         """(..., 2, 2): lower L, L L^T = M Cov(c) M^T. L_vv = |det M| sqrt(det C) / L_xx: nothing cancels as t -> 1."""
-        tau, M, C = self.modes(t)
+        t, M, C = self.modes(t)
         S = M @ C @ M.mT
         Lxx = S[..., 0, 0].sqrt()
         det = C[..., 0, 0] * C[..., 1, 1] - C[..., 0, 1] ** 2
-        return matrix([[Lxx, torch.zeros_like(Lxx)], [S[..., 0, 1] / Lxx, 3 * tau**4 * det.sqrt() / Lxx]])
+        return matrix([[Lxx, torch.zeros_like(Lxx)], [S[..., 0, 1] / Lxx, 3 * (1 - t) ** 4 * det.sqrt() / Lxx]])
 
     @by_time
     def kappa(self, t):
@@ -125,7 +130,7 @@ class AGM:
 
     @by_time
     def clock(self, t, R):
-        """(...): lambda = log(1 + R sqrt(SNR)), about R sqrt(SNR) below 1/R and its logarithm above."""
+        """(...): lambda = log(1 + R sqrt(SNR)): about R sqrt(SNR) where sqrt(SNR) < 1/R, and log(R sqrt(SNR)) above."""
         return torch.log1p(R * self.snr(t).sqrt())
 
     def time(self, clock, R):
@@ -171,7 +176,8 @@ def gain(process, t):
     r_x = -(4/tau) (L_xx/tau + L_vx), written in C because the two terms cancel as t -> 1; r_v = -(4/tau) L_vv, and the
     ODE adds -g^2/2 grad_v log p(m | x1) = g^2 eps_v / (2 L_vv).
     """
-    (tau, _, C), L = process.modes(t), process.cholesky(t)
+    (t, _, C), L = process.modes(t), process.cholesky(t)
+    tau = 1 - t
     r_x = 12 * tau**3 * (C[..., 0, 1] + tau**3 * C[..., 1, 1]) / L[..., 0, 0]
     r_v = -4 / tau * L[..., 1, 1]
     if not process.sde:
@@ -189,7 +195,7 @@ def scale(process, t):
 def affine(process, t):
     """w (..., 2) and b (...) of F = w . m + b x1, from r . eps = (L^-T r) . (m - mean x1)."""
     w = torch.linalg.solve_triangular(process.cholesky(t).mT, gain(process, t)[..., None], upper=True)[..., 0]
-    return w, 4 * process.modes(t)[0] ** 2 - (w * process.mean(t)).sum(-1)
+    return w, 4 * (1 - process.modes(t)[0]) ** 2 - (w * process.mean(t)).sum(-1)
 
 
 def acceleration(process, x1, m, t):
@@ -213,10 +219,10 @@ def training_pair(process, x1, t, eps):
 
 
 def loss(process, net, x1, label=None):
-    """The paper's, E[(1 - t) |net(m, t) - F/s|^2] per dimension, t uniform on [t0, t1]; x1 (B, C, ...) of unit scale.
+    """The paper's, E[(1 - t) |net(m, t) - F/s|^2] per dimension, a scalar, t uniform on [t0, t1]; x1 (B, C, ...).
 
-    The denoiser minimises the same, with F_theta = w . m + b D: |F_theta - F|^2 = b^2 |D - x1|^2. Only the weight and
-    the density of the noise levels differ (`denoiser_loss`), and y is drawn in place of m, as D sees no more.
+    A denoiser's loss has the same minimiser: with F_theta = w . m + b D, |F_theta - F|^2 = b^2 |D - x1|^2. It weights
+    the noise levels and draws them in another way (`denoiser_loss`), and draws y in place of m, as D sees no more.
     """
     if process.param == "denoiser":
         return denoiser_loss(process, net, x1, label)
@@ -235,7 +241,7 @@ def stratified(n):
 
 
 def denoiser_loss(process, net, x, label=None):
-    """E[|D - x|^2 / c_out^2] per dimension, ln sigma ~ N(-1.2, 1.2^2)."""
+    """E[|D - x|^2 / c_out^2] per dimension, a scalar, ln sigma ~ N(-1.2, 1.2^2)."""
     u = stratified(len(x)).clamp(1e-9, 1 - 1e-9)
     snr = torch.exp(-2 * (-1.2 + 1.2 * torch.special.ndtri(u)))
     y = each(snr.sqrt(), x) + torch.randn_like(x)
@@ -249,7 +255,7 @@ def precondition(process, net, y, snr, label=None):
     c_in = 1 / (1 + s**2 * snr).sqrt()
     c_out = s * c_in
     c_skip = s**2 * root * c_in**2
-    c_noise = 1 / (1 + root)  # sigma / (1 + sigma): 0 at the data, 1 at pure noise
+    c_noise = 1 / (1 + root)  # ours: sigma / (1 + sigma), 0 at the data, 1 at pure noise
     return each(c_skip, y) + each(c_out, net(each(c_in, y), c_noise.to(y, non_blocking=y.is_cuda), label).to(y))
 
 
@@ -267,14 +273,14 @@ def denoise(process, net, m, t, label=None):
         w, snr = project(process, t)
         x1 = precondition(process, net, mix(w[None], m), snr.expand(len(m)), label)
     else:
-        out = net(m, torch.full((len(m),), float(t), dtype=m.dtype, device=m.device), label).to(m)
+        out = net(m, m.new_full((len(m),), float(t)), label).to(m)
         x1 = hop(process, float(scale(process, t)) * out, m, t)
     return x1.clamp(-process.bound, process.bound)
 
 
 def predict(process, net, m, t, label=None, condition=None, data_mean=None):
-    """E[x1 | m] (B, C, ...) and the state to go on from. That is m, unless `condition`, a function of the first five
-    arguments, makes something else of both. data_mean: where m tells nothing yet, this is E[x1 | m], without a call."""
+    """E[x1 | m] (B, C, ...), and the state to go on from, m: by `denoise`, or by condition(process, net, m, t, label),
+    which may change both. data_mean: where m tells nothing yet, this is E[x1 | m], without a call."""
     if data_mean is not None:
         return torch.zeros_like(m.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m), m
     return condition(process, net, m, t, label) if condition else (denoise(process, net, m, t, label), m)
@@ -284,14 +290,16 @@ def predict(process, net, m, t, label=None, condition=None, data_mean=None):
 # 4. Samplers: m0 (B, 2C, ...) from the prior -> x1 (B, C, ...), with exactly nfe network calls and no gradients; the
 # result is the last call's prediction. All take their force from the prediction of x1, so any network serves them all.
 # rho and t_end shape the grid of times, randn(x) draws unit noise shaped like x, label goes to the network.
+# They end in the law of that prediction, not in the data's: a mode of standard deviation s keeps the share
+# s^2 / (s^2 + sigma^2) of its variance, sigma the noise at the last call.
 
 
 @lru_cache(1000)
 def times(process, nfe, rho, t_end, R=None, extra=0):
     """nfe + extra times from t0 to t_end, even in t^(1/rho), or given R in lambda^(1/rho).
 
-    t_end None: 1.5 mean steps before the data, which the last prediction covers; given R, where y has noise of standard
-    deviation 1/(3 nfe). ValueError for nfe, rho or t_end out of range.
+    t_end None: 1 - 1.5/(nfe + extra), from where the last prediction leads to the data; given R, where y has noise of
+    standard deviation 1/(3 nfe); t1 at most. ValueError for nfe, rho or t_end out of range.
     """
     if nfe < 1:
         raise ValueError(f"nfe counts network calls and must be at least 1, got {nfe}")
@@ -339,9 +347,9 @@ def splitting(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torc
 def free_motion(process, m, t, h, randn):
     """dx = v dt, dv = g dW over [t, t + h], drawn exactly: a kick dv at t + u has moved x by (h - u) dv at the end."""
     u, du = gauss_legendre(0.0, h)
-    Q = process.p * (1 - t - u) * du.sqrt() * torch.stack([torch.ones_like(u), h - u])  # (2, nodes), as v, x
+    Q = process.p * (1 - t - u) * du.sqrt() * torch.stack([torch.ones_like(u), h - u])  # (2, nodes), rows v and x
     x, v = m.chunk(2, 1)
-    return torch.cat([x + h * v, v], 1) + mix(torch.linalg.cholesky(Q @ Q.mT).flip(0), randn(m))
+    return torch.cat([x + h * v, v], 1) + mix(torch.linalg.cholesky(Q @ Q.mT).flip(0), randn(m))  # rows x and v
 
 
 @torch.no_grad()
@@ -349,15 +357,17 @@ def ode(
     process, net, m0, nfe, label=None, rho=1.0, t_end=None, eta=0.0, data_mean=0.0, correct=True,
     randn=torch.randn_like, condition=None,
 ):  # fmt: skip
-    """ODE, for few steps: take the noise out of z = kappa x1 + eps and put it back at the next kappa, as DDIM does.
+    """ODE, for few steps: predict x1, split z into kappa x1 + eps, go to the next kappa with the same eps, as in DDIM.
 
-    Over a step of length h, x1 is linear in lambda: x_0 + slope (lambda - lambda_0). With d|kappa| ~ e^lambda dlambda,
-    int x1 dkappa = (kappa_next - kappa) (x_0 + c slope), c = h / (1 - e^-h) - 1. Second order, as DPM-Solver++(2M).
-    correct: once the next prediction is there, redo the step with its slope, and let the prediction follow y as that
-    of Gaussian data does, dE[x1 | y]/dy = s^2 / (s^2 + sigma^2), s = sigma_data (after UniPC). It costs no call.
-    data_mean: at t0 nothing is known, so the first prediction is this mean of the data, a number or (C, ...), and costs
-    no call; None: a call. eta > 0 renews a part of the noise; 1: as much as the SDE of y. The law stays as h -> 0.
-    R = sigma_data sqrt(2 d) is the distance between two samples of d numbers: noise of that size hides which is which.
+    Over a step of length h the prediction is linear in lambda, x_0 + slope (lambda - lambda_0), and kappa keeps its
+    direction. As d|kappa| ~ e^lambda dlambda, int x1 dkappa = (kappa_next - kappa) (x_0 + c slope),
+    c = h / (1 - e^-h) - 1. Second order, as DPM-Solver++(2M).
+    correct: the step is repeated with the next prediction, which then follows y as that of Gaussian data does, at the
+    rate dE[x1 | y]/dy = s^2 / (s^2 + sigma^2), s = sigma_data (after UniPC). It costs no call.
+    data_mean: at t0 nothing is known, so the first prediction is the mean of the data, a number or (C, ...): the free
+    node, which costs no call. A wrong mean moves the samples. None: a call.
+    eta > 0 renews a part of the noise, 1 as much as the SDE of y; the law stays as h -> 0. ValueError for eta < 0.
+    R = sigma_data sqrt(2 d): about the distance of two samples of d numbers; noise of that size hides which is which.
     """
     if not eta >= 0:
         raise ValueError(f"eta scales the noise and must be at least 0, got {eta}")
@@ -389,8 +399,9 @@ def exponential(
     process, net, m0, nfe, label=None, multistep=2, rho=1.0, t_end=None, data_mean=None, correct=True, condition=None
 ):
     """ODE, the paper's exponential Adams-Bashforth: N = F/s of the last `multistep` (1-4) nodes is extrapolated over
-    the step, x += h v + int (t_next - u) s(u) N(u) du, v += int s(u) N(u) du. The paper: rho = 2, t_end = .4, .7, .9
-    for nfe 5, 10, 20. data_mean, correct: as in `ode`; corrected, N is interpolated through the new node too."""
+    the step, x += h v + int (t_next - u) s(u) N(u) du, v += int s(u) N(u) du. The paper on CIFAR-10: multistep = 3,
+    rho = 2, t_end = .4, .7, .9 for nfe 5, 10, 20, correct = False. data_mean, correct: as in `ode`; corrected, N is
+    interpolated through the new node too. ValueError for another multistep."""
     if multistep not in (1, 2, 3, 4):
         raise ValueError(f"multistep must be 1, 2, 3 or 4, got {multistep}")
     flow, ts = replace(process, sde=False), times(process, nfe, rho, t_end, extra=data_mean is not None)

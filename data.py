@@ -161,12 +161,11 @@ class Dataset:
 
     @property
     def mean(self):
-        """The mean of what a network meets: float32 (C, H, W), exact over all training images; 0.0 for points."""
-        if not self.is_image:
-            return 0.0
-        # torch's sum over the first axis is ten times slower
-        total = sum(part.cpu().numpy().sum(0, dtype=np.int64) for part in parts(self.train))
-        return torch.from_numpy(total / (127.5 * len(self.train)) - 1).float()
+        """The mean of what a network meets, over all training samples: float32 (C, H, W) or (D,)."""
+        kind = np.int64 if self.is_image else np.float64  # torch's sum over the first axis is ten times slower
+        total = sum(part.cpu().numpy().sum(0, dtype=kind) for part in parts(self.train))
+        mean = torch.from_numpy(total / len(self.train))
+        return (mean / 127.5 - 1 if self.is_image else mean).float()
 
     @property
     def std(self):

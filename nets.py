@@ -1,7 +1,8 @@
 """The two networks: a residual MLP for points, a small UNet for images. Both are called as net(m, t, label=None).
 
-    m      state, (B, in_dim) for the MLP, (B, c_in, H, W) for the UNet
-    t      process time, (B,), in [0, T]; the data are at t_data, which is T = 1 for AGM and 0 for HOLD
+    m      state, or a denoiser's c_in y: (B, in_dim) for the MLP, (B, c_in, H, W) for the UNet
+    t      (B,), in [0, T]: process time, with the data at t_data, T = 1 for AGM and 0 for HOLD; or a denoiser's
+           sigma / (1 + sigma), with the data at 0
     label  None or class numbers (B,), int64; only for a net built with classes > 0
 
 Either returns one value per data dimension. The last layer starts at zero, so an untrained net predicts 0.
@@ -17,8 +18,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention, silu
 class TimeEmbedding(nn.Module):
     """Time and optional class -> (B, width). The time enters as u = log(|t - t_data| / T + 1e-6), in [-13.8, 0].
 
-    Near the data u is log SNR up to a factor and a constant (-2u for AGM, -(2 order - 1) u for HOLD); near the prior,
-    where little happens, it is smooth in t.
+    Near the data u is log SNR up to a factor and a constant (-2u for a denoiser, -5u for AGM, -(2 order - 1) u for
+    HOLD); near the prior, where little happens, it is smooth in t.
     """
 
     def __init__(self, width, T=1.0, t_data=1.0, classes=0):

@@ -769,7 +769,7 @@ def test_linear_flow_of_hold_is_exact(P):
     """exp(F^T h), with noise that keeps the prior N(0, L_inv I): it is stationary, as F + F^T = -2 xi E_nn."""
     F, last = P.drift(), torch.eye(P.n, dtype=F64)[-1]
     assert worst(F + F.mT, -2 * P.damping[1] * torch.outer(last, last)) == 0
-    for h in (1e-3, 0.3, 2.0):
+    for h in (1e-3, 0.3, 2.0, 90.0):
         A, Q = moves(P.n, lambda m, randn, h=h: hold_ref.linear_flow(P, m, h, randn))
         assert worst(A, torch.linalg.matrix_exp(F.mT * h)) < 1e-12 and worst(A[0], exact(P, h)[0]) < 1e-12
         assert worst(Q, P.L_inv * (torch.eye(P.n, dtype=F64) - A @ A.mT)) < 1e-12
@@ -1255,6 +1255,7 @@ def test_points_have_the_stated_form(name):
     assert label is None and x.dtype == dataset.train.dtype == torch.float32
     assert len(x.unique(dim=0)) > 19_900  # fresh points, not a resampling of train
     assert same(dataset.to_points(x), x.numpy())
+    assert dataset.mean.shape == (2,) and worst(dataset.mean, dataset.train.double().mean(0)) < 1e-7
     for part in (dataset.train, dataset.test):  # the fixed parts follow the same law
         assert (part.mean(0) - x.mean(0)).abs().max() < 0.06
         assert (part.std(0) / x.std(0) - 1).abs().max() < 0.03
@@ -2817,6 +2818,9 @@ def test_resume_knows_the_data_by_their_content(folder):
     assert re.search("moved.npy is not the run's data.*that was", line)
     assert "shape" in refused(train, *"--resume --out run --data digits".split())
     assert snapshot(folder) == before
+    broken("run/ckpt.pt", lambda c: c["config"].update(data_mean=0.0), "run/ckpt.pt")  # as points once had it
+    np.save("moved.npy", points[0])
+    train.main("--resume --out run --steps 9".split())
     train.main([*TOY, "--out", "digits"])
     train.main("--resume --out digits --mult 1 2 --lr 3e-3 --no-flip --steps 7".split())
 

@@ -422,7 +422,8 @@ def drop(label, classes):
 
 def compare(found, config, name):
     """Refuses data that are not those of the run, wherever they lie; the run's units stand."""
-    for key in (k for k in found if k in config and k != "window"):
+    is_old = not isinstance(config.get("data_mean"), torch.Tensor)  # when points had the mean 0
+    for key in (k for k in found if k in config and k != "window" and not (is_old and k == "data_mean")):
         new, old = (torch.as_tensor(c[key], dtype=torch.float64) for c in (found, config))
         unit = config["scale"] if key in ("shift", "scale") else 1.0
         if new.shape != old.shape or (new - old).abs().max() > 1e-5 * unit:

@@ -38,7 +38,7 @@ import data
 import train
 from train import Noise, batches, option, run  # noqa: F401
 
-OPTIONS = {"rho": "rho", "t_end": "t_end", "multistep": "multistep", "eta": "eta"}  # command line -> sampler's keyword
+OPTIONS = ("rho", "t_end", "multistep", "eta", "correct")  # that samplers take
 
 # Option -> the option that it belongs to, and its default there.
 NEEDS = {
@@ -51,18 +51,18 @@ NEEDS = {
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    p = train.command_line(__doc__)
     add = partial(option, p)
     add("--ckpt", "checkpoint; default: the newest under runs/")
     add("--nfe", "network calls a sample", default=20)
     add("--n", "how many samples; default: 64 images or 10,000 points")
     add("--sampler", "AGM: ode, exponential, splitting, em; HOLD: ode, strang, lie, em; default: the first")
-    add("--rho", "exponent of the sampler's time grid; default: the sampler's")
-    add("--t-end", "time of the last call (splitting, lie, strang: end of the last step)")
-    add("--multistep", "exponential: how many calls are extrapolated")
-    add("--eta", "ode: fresh noise injected on the way; 0: none, 1: as much as the reverse SDE")
+    add("--rho", "exponent of the sampler's time grid; default: 1")
+    add("--t-end", "time of the last call (splitting, lie, strang: end of the last step); default: the sampler's")
+    add("--multistep", "exponential: how many calls are extrapolated; default: 2")
+    add("--eta", "ode: fresh noise injected on the way; 0: none (default), 1: as much as the reverse SDE")
+    text = "ode, exponential: repeat each step with the next prediction, at no further call; default: yes"
+    p.add_argument("--correct", action=argparse.BooleanOptionalAction, help=text)
     add("--class", "number of the class to draw, or all: as many of each; for networks trained with --classes")
     add("--guidance", "class: 1 draws from its law, 0 from that of all data, more than 1 exaggerates; default: 1")
     add("--stroke", "picture that guides the samples, without retraining: uint8 .npy, or any file with Pillow")
@@ -88,7 +88,6 @@ def parser():
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
     add("--out", "folder for the results; default: the checkpoint's")
     add("--png-dir", "new folder for one PNG a sample: 000000.png ..., RGB even of grey, as evaluators want it")
-    p.error = train.refuse
     return p
 
 
@@ -122,13 +121,13 @@ def sampler_options(method, args):
         raise data.UserError(f"no sampler {name!r} for this method: choose from {', '.join(method.SAMPLERS)}")
     sampler = method.SAMPLERS[name]
     takes, options = inspect.signature(sampler).parameters, {}
-    for flag, keyword in OPTIONS.items():
-        if getattr(args, flag) is not None:
-            if keyword not in takes:
-                able = [k for k, f in method.SAMPLERS.items() if keyword in inspect.signature(f).parameters]
+    for key in OPTIONS:
+        if getattr(args, key) is not None:
+            if key not in takes:
+                able = [k for k, f in method.SAMPLERS.items() if key in inspect.signature(f).parameters]
                 fix = f"leave it out, or choose --sampler {' or '.join(able)}" if able else "leave it out"
-                raise data.UserError(f"sampler {name} has no --{flag.replace('_', '-')}: {fix}")
-            options[keyword] = getattr(args, flag)
+                raise data.UserError(f"sampler {name} has no --{key.replace('_', '-')}: {fix}")
+            options[key] = getattr(args, key)
     return name, sampler, options
 
 

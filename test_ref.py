@@ -2374,9 +2374,12 @@ def test_samples_do_not_depend_on_batch_or_count(toy, folder, method, capsys):
     assert np.abs(np.load("c/samples.npz")["arr_0"].astype(int) - b).max() > 1
 
 
-@pytest.mark.parametrize(("asked", "name"), [([], "AGM("), (["--method", "hold", "--order", "2"], "HOLD(order=2")])
+SERVED = [("", "AGM("), ("--method hold --order 2", "HOLD(order=2"), ("--no-correct", "'correct': False")]
+
+
+@pytest.mark.parametrize(("asked", "name"), SERVED)
 def test_a_denoiser_checkpoint_serves_any_process(toy, folder, asked, name, capsys):
-    sample.main(["--ckpt", str(toy / "denoiser" / "ckpt.pt"), "--n", "3", "--nfe", "4", "--out", "here", *asked])
+    sample.main(["--ckpt", str(toy / "denoiser" / "ckpt.pt"), *f"--n 3 --nfe 4 --out here {asked}".split()])
     line = capsys.readouterr().out
     assert name in line and "NFE 4 " in line and "denoiser" in line
     assert np.load("here/samples.npz")["arr_0"].shape == (3, 8, 8, 1)
@@ -3241,6 +3244,7 @@ MISTAKES = [
         "em has no --multistep: leave it out, or choose --sampler exponential",
     ),
     ("sample --ckpt {agm} --sampler em --eta 1", "choose --sampler ode"),
+    ("sample --ckpt {agm} --sampler em --no-correct", "em has no --correct: leave it out, or choose"),
     ("sample --ckpt {agm} --rho inf", "--rho must be a number from 0.01 to 100"),
     ("sample --ckpt {hold} --rho 1e-3", "--rho must be"),
     ("sample --ckpt {hold} --nll --eta 1", "leave out --eta"),

@@ -130,6 +130,20 @@ def refuse(message):
     raise data.UserError(f"{data.why(message)}; --help shows the options")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults; where an option has none, its text says what happens."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+def command_line(doc):
+    """The parser of a script with that docstring, still without options."""
+    p = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=Help, allow_abbrev=False)
+    p.error = refuse
+    return p
+
+
 def read(p, argv):
     """What the command line says. `--x=--` would be an empty list for argparse before Python 3.13."""
     if any(a.endswith("=--") for a in argv):
@@ -139,9 +153,7 @@ def read(p, argv):
 
 def parser(preset):
     """The command line; the defaults are those of the preset."""
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    p = command_line(__doc__)
     add, flag = partial(option, p), argparse.BooleanOptionalAction
     add("--method", "phase stochastic bridge, or high-order Langevin", default="agm")
     add("--data", f"{', '.join(data.NAMES)}, an .npy/.npz file, a folder or zip of pictures", default="digits")
@@ -173,7 +185,6 @@ def parser(preset):
     add("--log-every", "updates between log lines", default=50)
     p.add_argument("--resume", action="store_true", help="go on with the run in --out; default: the newest in runs/")
     p.set_defaults(**preset)
-    p.error = refuse
     return p
 
 

@@ -11,7 +11,6 @@ repeated to three channels. Without it a small classifier is trained on the refe
 distance is no FID and compares only with others in the same features.
 """
 
-import argparse
 import sys
 import warnings
 import zlib
@@ -193,7 +192,7 @@ TOY = ["--epochs", "1"]  # what the tests append
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = train.command_line(__doc__)
     add = partial(train.option, p)
     p.add_argument("samples", help=".npz or .npy of uint8 images, or a folder of PNGs")
     add("--ref", f"{', '.join(data.NAMES[4:])}, an .npz of images, or one of mu and sigma", required=True)
@@ -203,7 +202,6 @@ def main(argv=None):
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
     add("--out", "folder that keeps the classifier", default="runs/fid")
     p.add_argument("--epochs", type=int, help="of the classifier; default: 180,000 images in all, at least 3 epochs")
-    p.error = train.refuse
     train.run(lambda: score(train.read(p, sys.argv[1:] if argv is None else argv)))
 
 

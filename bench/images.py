@@ -14,7 +14,6 @@ each peer on its field's default, but for `best grid`, which gets the best of th
 20, found with --search samples. Networks and numbers are kept in --out.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ import peers
 from fid import classifier, frechet, moments
 
 import data
-from train import run
+from train import command_line, run
 
 
 def small(images):
@@ -55,9 +54,7 @@ TOY += ["--only", "exponential", "UniPC-2"]
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = command_line(__doc__)
     p.add_argument("--data", default="fashion", choices=["fashion", "cifar10"], help="data set")
     p.add_argument("--data-dir", help="its folder or archive")
     p.add_argument(

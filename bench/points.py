@@ -21,7 +21,6 @@ grids in peers.py at every NFE up to 20 (at 50 and 100: the one that won at 20),
 --search samples with seed 0. Networks and numbers are kept in runs/points.
 """
 
-import argparse
 import math
 import sys
 from functools import partial
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import peers
 
 import data
-from train import run
+from train import command_line, run
 
 NFES = [4, 5, 6, 8, 10, 20, 50, 100]
 
@@ -66,9 +65,7 @@ TOY = "--nets denoiser --data gmm --seeds 1 --steps 2 --n 20 --nfe 2 --only expo
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = command_line(__doc__)
     p.add_argument("--data", nargs="+", default=list(data.POINTS), choices=data.POINTS, help="sets")
     p.add_argument("--nets", nargs="+", default=peers.NETS, choices=peers.NETS, help="networks to train or load")
     p.add_argument("--only", nargs="+", default=[""], help="contenders whose name contains one of these")

@@ -107,7 +107,9 @@ def write_files(files):
                 os.fsync(file.fileno())
         for path, name in temporary.items():
             os.replace(name, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
+    except (OSError, RuntimeError) as error:  # torch.save turns the first, and what a signal raises, into the second
+        if error.__context__ and not isinstance(error.__context__, Exception):
+            raise error.__context__ from None
         done = [str(p) for p, name in temporary.items() if p != path and not os.path.exists(name)]
         kept = f"; wrote {', '.join(done)}" if done else "; nothing was written"
         raise UserError(f"cannot write {path} ({why(error)}){kept}: make room, or choose another folder") from None
@@ -184,13 +186,16 @@ class Dataset:
         classes, size = 0 if self.train_labels is None else int(self.train_labels.max()) + 1, math.prod(self.shape)
         if not 0 < classes <= 10_000:
             raise UserError(f"{self.name} has {classes or 'no'} classes, --classes wants labels from 0 to at most 9999")
+        count = self.train_labels.bincount(minlength=classes)
+        if empty := (count == 0).nonzero().flatten().tolist():
+            warnings.warn(f"{self.name} has no sample of class {', '.join(map(str, empty[:9]))} to learn", stacklevel=2)
         if classes * size > 2**22:
             return {"labels": classes}
         total, i = torch.zeros(classes, size, dtype=torch.float64), 0
         for part in parts(self.train):
             total.index_add_(0, self.train_labels[i : i + len(part)], part.flatten(1).double())
             i += len(part)
-        mean = total / self.train_labels.bincount().clamp(min=1)[:, None]
+        mean = total / count.clamp(min=1)[:, None]
         mean = (mean / 127.5 - 1 if self.is_image else mean).float()
         return {"labels": classes, "class_means": mean.reshape(classes, *self.shape)}
 
@@ -310,6 +315,8 @@ def load(name, data_dir=None, flip=None, size=0):
     size: pixels a side of the pictures.
     """
     name = str(name)
+    if data_dir and name not in ("fashion", "cifar10", "imagenet64"):
+        raise UserError(f"--data-dir is for fashion, cifar10 and imagenet64, not for {name}: leave it out")
     if name in POINTS:
         draw, generator = POINTS[name], torch.Generator().manual_seed(0)
         dataset = Dataset(name, draw(10_000, generator), draw(10_000, generator), draw=draw)
@@ -578,6 +585,41 @@ def imagenet64(data_dir):
     return replace(samples(folder, "imagenet64", array, np.concatenate([*labels.values()]), held_out), flip=True)
 
 
+def walk(folder):
+    """The files below it, through links too; OSError for what is closed."""
+
+    def closed(error):
+        raise error
+
+    seen = set()
+    for root, folders, files in os.walk(folder, onerror=closed, followlinks=True):
+        folders[:] = [f for f in folders if os.path.realpath(os.path.join(root, f)) not in seen]
+        seen.update(os.path.realpath(os.path.join(root, f)) for f in folders)
+        yield from (Path(root, f).relative_to(folder).as_posix() for f in files if Path(root, f).is_file())
+
+
+def decode(file):
+    """A picture file, or its path -> Pillow's image, RGB of 8 bits, upright, on white; and {kind: whether it was}."""
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(file, formats=FORMATS)
+        mode, alpha = image.mode, "A" in image.getbands() or "transparency" in image.info
+        grey, wide, turned = mode in ("1", "L", "LA"), mode[0] == "I", image.getexif().get(0x0112) in range(2, 9)
+        kinds = {"grey": grey or wide, "16-bit": wide, "CMYK": mode == "CMYK", "palette": mode[0] == "P"}
+        kinds |= {"transparent": alpha, "turned by EXIF": turned, "animated": getattr(image, "is_animated", False)}
+        if mode == "F":
+            raise ValueError("its pixels are floats")
+        image = ImageOps.exif_transpose(image)
+    if wide:
+        image = Image.fromarray(((np.asarray(image).astype(int).clip(0, 65535) + 128) // 257).astype(np.uint8))
+    elif alpha:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB"), kinds
+
+
 def pictures(path, size):
     """A folder or zip of pictures: the central square of each, brought to size x size by Lanczos' filter; grey if all
     are. Sub-folders are classes in the order of their names, if no picture lies outside of them."""
@@ -587,8 +629,7 @@ def pictures(path, size):
         raise UserError(f"pip install pillow to read the pictures of {path}") from None
     try:
         archive = None if path.is_dir() else zipfile.ZipFile(path)
-        walk = () if archive else (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-        files = set(archive.namelist() if archive else walk)
+        files = set(archive.namelist() if archive else walk(path))
         names = sorted(n for n in files if n.lower().endswith(ENDINGS) and not re.search(r"(^|/)(\.|__MACOSX/)", n))
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(f"cannot read {path} ({why(error)}): give a folder or zip of pictures") from None
@@ -598,23 +639,15 @@ def pictures(path, size):
     def read(name):
         if archive and archive.getinfo(name).file_size > LIMIT:
             raise ValueError(f"unpacks to more than {LIMIT / 1e6:.0f} MB")
-        with warnings.catch_warnings(), archive.open(name) if archive else open(path / name, "rb") as file:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=FORMATS)
-            mode, alpha = image.mode, "A" in image.getbands() or "transparency" in image.info
-            grey, wide, turned = mode in ("1", "L", "LA"), mode[0] == "I", image.getexif().get(0x0112) in range(2, 9)
-            kinds = {"grey": grey or wide, "16-bit": wide, "CMYK": mode == "CMYK", "palette": mode[0] == "P"}
-            kinds |= {"transparent": alpha, "turned by EXIF": turned, "enlarged": min(image.size) < size}
-            kinds["animated"] = getattr(image, "is_animated", False)
-            if mode == "F":
-                raise ValueError("its pixels are floats")
-            image = ImageOps.exif_transpose(image)
-        if wide:
-            image = Image.fromarray(((np.asarray(image).astype(int).clip(0, 65535) + 128) // 257).astype(np.uint8))
-        elif alpha:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        try:
+            with archive.open(name) if archive else open(path / name, "rb") as file:
+                image, kinds = decode(file)
+        except OSError as error:
+            if error.errno:  # not the picture's fault: what cannot be read today may be there tomorrow
+                raise UserError(f"cannot read {path / name} ({why(error)}): make it readable, or remove it") from None
+            raise
+        kinds["enlarged"] = min(image.size) < size
+        square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         return np.asarray(square)[None], [key for key, value in kinds.items() if value]
 
     array, state = converted(path.stem, path, size, names, read)
@@ -645,16 +678,19 @@ def converted(title, source, size, names, read):
     tag = hashlib.sha256(f"{source.resolve()} {size}".encode(errors="backslashreplace")).hexdigest()[:8]
     key = hashlib.sha256(repr([names, [(s.st_size, s.st_mtime_ns) for s in stats]]).encode()).hexdigest()
     path, row = cache_dir() / f"{title}-{size}-{tag}.npy", 3 * size**2
-    part, manifest, state, due = path.with_suffix(".part"), path.with_suffix(".json"), {}, 0
-    with suppress(OSError, ValueError):
+    part, manifest, due = path.with_suffix(".part"), path.with_suffix(".json"), 0
+    blank, fits = {"source": str(source), "key": key, "done": 0, "rows": 0, "notes": {}, "skipped": []}, False
+    with suppress(OSError, ValueError, AttributeError):
         state = json.loads(manifest.read_text())
-    if state.get("key") == key and path.is_file():
-        return read_array(path)[0], state
+        fits = {k: type(v) for k, v in state.items()} == {k: type(v) for k, v in blank.items()} and state["key"] == key
+    if fits and path.is_file():
+        with suppress(UserError):  # a file that was cut is made again
+            return read_array(path)[0], state
     try:
         with open_part(part) as file:
-            if state.get("key") != key or file.seek(0, os.SEEK_END) < row * state["rows"]:
+            if not fits or file.seek(0, os.SEEK_END) < row * state["rows"]:
                 path.unlink(missing_ok=True)
-                state = {"source": str(source), "key": key, "done": 0, "rows": 0, "notes": {}, "skipped": []}
+                state = blank
             file.truncate(row * state["rows"])
             file.seek(0, os.SEEK_END)
             for i in range(state["done"], len(names)):

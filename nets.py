@@ -129,11 +129,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Residual self-attention over the pixels, heads of 64 channels (or one)."""
+    """Residual self-attention over the pixels, heads of about 64 channels."""
 
     def __init__(self, c):
         super().__init__()
-        self.heads = max(c // 64, 1)
+        self.heads = next(heads for heads in range(max(c // 64, 1), 0, -1) if c % heads == 0)
         self.norm, self.qkv, self.out = norm(c), nn.Conv2d(c, 3 * c, 1), zero(nn.Conv2d(c, c, 1))
 
     def forward(self, x):

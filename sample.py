@@ -86,7 +86,7 @@ def parser():
     add("--amp", "bf16: autocast the net to bfloat16", default="off")
     p.add_argument("--compile", action="store_true", help="compile the net: faster calls after a start of a minute")
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
-    add("--out", "folder for the results; default: the checkpoint's")
+    add("--out", "folder for the results, in place of former ones; default: the checkpoint's")
     add("--png-dir", "new folder for one PNG a sample: 000000.png ..., RGB even of grey, as evaluators want it")
     return p
 
@@ -221,19 +221,22 @@ def sample(args):
     shown = min(n, 1024, max(1, 2**26 // math.prod(shape))) if len(shape) == 3 else n  # readers refuse huge pictures
     classes = {} if label is None else {"labels": label.numpy()}
     files = {out / "samples.npz": partial(np.savez_compressed, arr_0=array, **classes)}
-    columns = -(-n // config["labels"]) if getattr(args, "class") == "all" else None  # a row for each class
-    try:
-        files[out / "samples.png"] = data.png(data.picture(array[:shown], config.get("window"), columns))
-    except (MemoryError, ValueError) as e:
-        print(f"no picture: {data.why(e)}")
+    columns, rows = None, slice(shown)
+    if getattr(args, "class") == "all" and (columns := shown // config["labels"]):  # a row for each class
+        rows = np.concatenate([(label == i).nonzero()[:columns, 0] for i in range(config["labels"])])
+        shown = len(rows)
     stop = []
     with train.signals(lambda number, _: stop.append(number)):  # the samples may be the work of hours
+        try:
+            files[out / "samples.png"] = data.png(data.picture(array[rows], config.get("window"), columns or None))
+        except (MemoryError, ValueError) as e:
+            print(f"no picture: {data.why(e)}")
         data.write_files(files)
         if pngs:
             write_pngs(pngs, array)
         part.unlink(missing_ok=True)
     names = " and ".join(map(str, [pngs, *files] if pngs else files))
-    wrote = f"wrote {names}" + (f", which shows the first {shown}" if shown < n else "")
+    wrote = f"wrote {names}" + (f", which shows {shown}" if shown < n else "")
     if stop:
         raise train.Stopped(stop[0], f"stopped: {wrote}")
     print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")
@@ -253,7 +256,8 @@ def part_file(args, out, ckpt, n, device):
     """Where batches are kept while others are drawn. All that the samples depend on is in the name, so that a command
     with other settings neither uses nor loses them: options, device, and size and time of the files that are read."""
     read = [os.stat(file) for file in (ckpt, args.stroke, args.inpaint, args.mask) if file]
-    key = (sorted(vars(args).items()), n, str(device), str(ckpt), [(file.st_size, file.st_mtime_ns) for file in read])
+    options = sorted((k, v) for k, v in vars(args).items() if k != "png_dir")
+    key = (options, n, str(device), str(ckpt), [(file.st_size, file.st_mtime_ns) for file in read])
     return out / f"samples-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.part"
 
 
@@ -312,14 +316,15 @@ def progress(parts, n, done=0, what="samples"):
 
 
 def write_pngs(folder, images):
-    """uint8 (N, H, W, C) as 000000.png ... in a folder that is empty now: all of them at once, or none."""
-    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+    """uint8 (N, H, W, C) as 000000.png ... in a folder that is empty now; it stays, as it may be a link or a mount."""
+    temporary = folder / f"{secrets.token_hex(4)}.tmp"
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         for i, image in enumerate(images):
             (temporary / f"{i:06d}.png").write_bytes(data.png(image.repeat(3 // image.shape[2], 2)))
-        folder.rmdir()
-        temporary.rename(folder)
+        for path in list(temporary.iterdir()):  # all are on the disk: from here on nothing is likely to fail
+            path.rename(folder / path.name)
+        temporary.rmdir()
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise data.UserError(f"cannot write --png-dir {folder} ({data.why(e)}): make room, or name another") from None
@@ -407,14 +412,14 @@ def read_picture(path, shape, flag):
     """A picture (C, H, W) uint8: an .npy of (H, W) or (H, W, C), or with Pillow any picture file."""
     try:
         if path.endswith(".npy"):
-            array = np.load(path, allow_pickle=False)
+            array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         else:
-            from PIL import Image
-
-            array = np.asarray(Image.open(path).convert("L" if shape[0] == 1 else "RGB"))
+            array = np.asarray(data.decode(path)[0].convert("L" if shape[0] == 1 else "RGB"))
     except ImportError:
         raise data.UserError(f"{flag} {path}: pip install pillow to read picture files, or give an .npy") from None
-    except (OSError, ValueError) as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # numpy and Pillow raise a dozen kinds
         raise data.UserError(f"cannot read {flag} {path}: {data.why(e)}") from None
     array = array.astype(np.uint8) * 255 if array.dtype == bool else array
     array = array[..., None] if array.ndim == 2 else array
@@ -485,12 +490,14 @@ def print_nll(args, config, method, process, net, device):
         raise data.UserError(f"--nll follows a flow of its own and draws nothing: leave out --{asked[0]}")
     if args.amp != "off" or args.compile:
         raise data.UserError("--nll differentiates the net and wants all its digits: leave out --amp and --compile")
-    dataset = data.load(args.data or config["data"], args.data_dir or config["data_dir"], size=config["shape"][-1])
+    folder = args.data_dir or (None if args.data else config["data_dir"])
+    dataset = data.load(args.data or config["data"], folder, size=config["shape"][-1])
     if list(dataset.shape) != config["shape"]:
         raise data.UserError(f"{dataset.name} has shape {dataset.shape}, the checkpoint {tuple(config['shape'])}")
     held_out = dataset.test[: args.n]
     if len(held_out) < 2:
-        raise data.UserError(f"{dataset.name} holds out {len(held_out)} samples: a mean and its error need at least 2")
+        text = f"{dataset.name} has {len(dataset.test)}, --n takes {len(held_out)}"
+        raise data.UserError(f"a mean and its error need at least 2 held-out samples: {text}")
     torch.manual_seed(args.seed)
     start, nats = time.time(), []
     for batch in held_out.split(args.batch):

@@ -19,6 +19,7 @@ import inspect
 import itertools
 import math
 import os
+import re
 import shlex
 import sys
 import threading
@@ -89,7 +90,7 @@ LIMITS = {
     **dict(nfe=(1, 10**5), n=(1, 10**7), rho=(0.01, 100.0), t_end=(0.0, 100.0), multistep=(1, 4), eta=(0.0, 10.0)),
     **dict(share=(0.0, 1.0), shrink=(2, 4096), passes=(1, 100), noise=(0.0, 255.0)),
     **dict(tol=(1e-12, 1.0), shape=(1, 65536), shift=(-1e300, 1e300), scale=(1e-300, 1e300)),
-    "size": (0, 1024),
+    **dict(size=(0, 1024), epochs=(1, 10**6)),
     **dict.fromkeys(("std", "bound"), (1e-9, 1e9)),
 }
 CHOICES = {
@@ -209,7 +210,11 @@ def configure(argv):
     """Command line -> (config, checkpoint or None). A run that goes on keeps the options it was started with."""
     known = read(parser({}), [a for a in argv if a not in ("-h", "--help")])
     if not known.resume:
-        return vars(parser(preset_for(data.shape_of(known.data, known.size))).parse_args(argv)), None
+        shape = data.shape_of(known.data, known.size)
+        for key, unused in {"sde": known.method == "hold", "dropout": len(shape) == 1, "flip": len(shape) == 1}.items():
+            if unused and getattr(known, key):
+                raise data.UserError(f"--{key} has no effect on {'HOLD' if key == 'sde' else 'points'}: leave it out")
+        return vars(parser(preset_for(shape)).parse_args(argv)), None
     path = Path(known.out) / "ckpt.pt" if known.out else newest_checkpoint()
     ckpt = load_checkpoint(path)
     config = vars(parser(ckpt["config"]).parse_args(argv))
@@ -327,21 +332,25 @@ def claim(config, goes_on):
     for out in map(Path, names):
         try:
             out.mkdir(parents=True, exist_ok=bool(config["out"]))
-            log = open(out / "log.txt", "ab", buffering=0)  # noqa: SIM115, it stays open
+            log = open(out / "log.txt", "a+b", buffering=0)  # noqa: SIM115, it stays open
             break
         except OSError as e:
-            if config["out"] or not isinstance(e, FileExistsError):
+            if config["out"] or not (isinstance(e, FileExistsError) and os.path.lexists(out)):
                 raise data.UserError(f"cannot write to {out} ({e.strerror}): choose another --out") from None
     if not data.lock(log):
         raise data.UserError(f"{out} belongs to another process, which is running: choose another --out")
-    if not goes_on and (out / "ckpt.pt").exists():
+    if not goes_on and any(out.glob("*.pt")):
         raise data.UserError(f"{out} already holds a run: --resume goes on with it; or choose another --out")
-    leftovers = [*out.glob("ckpt.pt.*.tmp"), *out.glob("step-*.png.*.tmp")]  # of a run that was killed
-    if not goes_on and log.tell():  # or that ended before its first save
-        leftovers += out.glob("step-*.png")
+    names = r"(ckpt\.pt|step-\d{7}\.png)\.[0-9a-f]{8}\.tmp"  # of a run that was killed
+    if not goes_on and log.seek(0, os.SEEK_END):  # or that ended before its first save
+        log.seek(0)
+        if not re.match(rb"\w+\(.*\) on |step \d", log.readline(1000)):
+            raise data.UserError(f"{out / 'log.txt'} is not the log of a run: choose another --out")
+        names += r"|step-\d{7}\.png"
         log.truncate(0)
-    for path in leftovers:
-        path.unlink(missing_ok=True)
+    for path in out.iterdir():
+        if re.fullmatch(names, path.name):
+            path.unlink(missing_ok=True)
     return out, log
 
 
@@ -562,7 +571,8 @@ def train(config, ckpt=None):
             began = time.time() if since == done else began  # speed without pictures
             if halt and done < steps:
                 raise Stopped(int(halt), f"stopped at step {done}, which is saved; {again} goes on")
-        say(log, f"done: {out / 'ckpt.pt'} and the pictures beside it; next: python sample.py --ckpt {out / 'ckpt.pt'}")
+        path = out / "ckpt.pt"
+        say(log, f"done: {path} and the pictures beside it; next: python sample.py --ckpt {shlex.quote(str(path))}")
 
 
 def say(log, line):
@@ -597,6 +607,7 @@ def run(body):
         raise Stopped(number, "stopped: nothing was written")
 
     warnings.formatwarning = lambda message, *_, **__: f"warning: {data.why(message)}\n"
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # what the terminal's encoding lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
@@ -607,7 +618,7 @@ def run(body):
         gone = WORLD > 1 and any(words in str(e) for words in ("by peer", "remote process"))
         if gone or (RANK and isinstance(e, data.UserError)):
             sys.exit(1)  # another process is gone, or makes the same mistake: it says why
-        lacks = isinstance(e, MemoryError) or "memory" in str(e)
+        lacks = isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and "memory" in str(e))
         sys.exit(f"error: {'out of memory, lower --batch, --width or --n: ' if lacks else ''}{data.why(e)}")
     except Stopped as e:
         with suppress(OSError, ValueError):

@@ -15,6 +15,7 @@ import sys
 import warnings
 import zlib
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -156,32 +157,34 @@ def stored(path):
 
 def score(args):
     device, samples, reference = train.pick_device(args.device), pictures(Path(args.samples)), stored(Path(args.ref))
-    dataset, images = None, samples[:0]
+    dataset, images = None, []
     if reference is None:
         dataset = data.load(args.ref, args.data_dir)
         if not dataset.is_image:
             raise data.UserError(f"--ref {args.ref} holds points: the distance is one of images")
-        images = dataset.train if args.ref in data.NAMES else torch.cat([dataset.train, dataset.test])
+        images = [dataset.train] if args.ref in data.NAMES else [dataset.train, dataset.test]
     if args.features:
         features, D = inception(args.features, device)
         if reference and len(reference[1]) != D:
             raise data.UserError(f"{args.ref} has {len(reference[1])} features, {args.features} {D}: they differ")
-    elif dataset is None or dataset.train_labels is None:
-        raise data.UserError(f"--ref {args.ref} has no labels to train a classifier with: give --features FILE")
+    elif dataset is None or dataset.train_labels is None or not isinstance(dataset.train, torch.Tensor):
+        text = "is too large" if images and dataset.train_labels is not None else "has no labels"
+        raise data.UserError(f"--ref {args.ref} {text} to train a classifier with: give --features FILE")
     else:
         features = small_features(dataset, Path(args.out), args.epochs)
-    if any(x.shape[1] == 1 for x in (samples, images) if isinstance(x, torch.Tensor)):
+    if any(x.shape[1] == 1 for x in (samples, *images) if not isinstance(x, list)):
         print("grey images are repeated to three channels")
 
-    def seen(source, what, *shape):
-        return moments(map(features, progress(batches(source, args.batch, *shape), len(source), what=what)))
+    def seen(sources, what, *shape):
+        parts = chain.from_iterable(batches(source, args.batch, *shape) for source in sources)
+        return moments(map(features, progress(parts, sum(map(len, sources)), what=what)))
 
-    found = seen(samples, "samples", *([images.shape[2:]] if dataset else []))
+    found = seen([samples], "samples", *([images[0].shape[2:]] if images else []))
     reference = reference or seen(images, "reference images")
     title = "Fréchet distance in a small classifier's features"
     if args.features:
         title = "FID" if D == 2048 else f"Fréchet distance in the features of {args.features}"
-    against = f"{len(images)} images of {args.ref}" if dataset else args.ref
+    against = f"{sum(map(len, images))} images of {args.ref}" if images else args.ref
     print(f"{title}: {frechet(found, reference):.4f}, of {found[0]} samples against {against}")
     if found[0] < 10_000:
         text = "samples are few, which raises the distance: compare equal numbers only; published FIDs are of 50,000"
@@ -201,7 +204,7 @@ def main(argv=None):
     add("--batch", "images at a time", default=100)
     add("--device", "cpu, cuda, mps; auto takes the first that is there", default="auto")
     add("--out", "folder that keeps the classifier", default="runs/fid")
-    p.add_argument("--epochs", type=int, help="of the classifier; default: 180,000 images in all, at least 3 epochs")
+    add("--epochs", "of the classifier; default: 180,000 images in all, at least 3 epochs")
     train.run(lambda: score(train.read(p, sys.argv[1:] if argv is None else argv)))
 
 

@@ -42,7 +42,7 @@ still. From the same start they end at different samples.
     F_theta   s * net        (B, C, ...)   param = "paper": net(m, t, label), t of shape (B,)
     D         precondition   (B, C, ...)   param = "denoiser": E[x1 | y] from net(c_in y, c_noise, label)
 
-Coefficients are float64 on the CPU; `mix` and `each` alone bring them to the dtype and the device of the state.
+Coefficients are float64 on the CPU, F64; `mix` and `each` alone bring them to the dtype and the device of the state.
 """
 
 import math
@@ -52,6 +52,8 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
+
+F64 = {"dtype": torch.float64, "device": "cpu"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The process
@@ -88,13 +90,13 @@ class AGM:
 
     def modes(self, t):
         """t (...) as float64, M (..., 2, 2) and Cov(c) (..., 2, 2). ValueError for t outside of [0, 1)."""
-        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        t = torch.as_tensor(t, **F64)
         if not ((t >= 0) & (t < 1)).all():
             raise ValueError(f"AGM time runs from 0 (prior) to 1 (data, excluded), got {t.min():g} to {t.max():g}")
         tau, log_tau = 1 - t, torch.log1p(-t)
         M = matrix([[tau, tau**4], [-torch.ones_like(tau), -4 * tau**3]])
-        M0_inv = torch.tensor([[4.0, 1.0], [-1.0, -1.0]], dtype=torch.float64) / 3
-        prior = torch.tensor([[1.0, self.k], [self.k, 1.0]], dtype=torch.float64)
+        M0_inv = torch.tensor([[4.0, 1.0], [-1.0, -1.0]], **F64) / 3
+        prior = torch.tensor([[1.0, self.k], [self.k, 1.0]], **F64)
         # int_0^t dc dc^T = p^2/9 int tau^2 (1, -tau^-3) (1, -tau^-3)^T dt
         kicks = matrix([[-torch.expm1(3 * log_tau), 3 * log_tau], [3 * log_tau, torch.expm1(-3 * log_tau)]])
         return t, M, M0_inv @ prior @ M0_inv.T + self.p**2 / 27 * kicks
@@ -145,8 +147,9 @@ class AGM:
     def prior(self, shape, generator=None):
         """(B, 2C, ...) float32: the state at t = 0 for data of shape (B, C, ...), on the generator's device."""
         shape = (shape[0], 2 * shape[1], *shape[2:])
-        eps = torch.randn(shape, generator=generator, device=generator.device if generator else None)
-        return mix(torch.tensor([[1.0, 0.0], [self.k, math.sqrt(1 - self.k**2)]], dtype=torch.float64), eps)
+        device = generator.device if generator else None
+        eps = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+        return mix(torch.tensor([[1.0, 0.0], [self.k, math.sqrt(1 - self.k**2)]], **F64), eps)
 
 
 def matrix(rows):
@@ -233,7 +236,7 @@ def loss(process, net, x1, label=None):
 
 def stratified(n):
     """n uniform numbers in random order, one in each n-th of [0, 1]: a batch covers all times."""
-    return (torch.randperm(n) + torch.rand(n, dtype=torch.float64)) / n
+    return (torch.randperm(n, device="cpu") + torch.rand(n, **F64)) / n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +285,8 @@ def predict(process, net, m, t, label=None, condition=None, data_mean=None):
     """E[x1 | m] (B, C, ...), and the state to go on from, m: by `denoise`, or by condition(process, net, m, t, label),
     which may change both. data_mean: where m tells nothing yet, this is E[x1 | m], without a call."""
     if data_mean is not None:
-        return torch.zeros_like(m.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m), m
+        mean = torch.as_tensor(data_mean, dtype=m.dtype, device=m.device)
+        return torch.zeros_like(m.chunk(process.n, 1)[0]) + mean, m
     return condition(process, net, m, t, label) if condition else (denoise(process, net, m, t, label), m)
 
 
@@ -304,13 +308,13 @@ def times(process, nfe, rho, t_end, R=None, extra=0):
     if nfe < 1:
         raise ValueError(f"nfe counts network calls and must be at least 1, got {nfe}")
     if t_end is None and R:
-        t_end = float(process.time(torch.tensor(3.0 * nfe, dtype=torch.float64).log1p(), 1.0))
+        t_end = float(process.time(torch.tensor(3.0 * nfe, **F64).log1p(), 1.0))
     elif t_end is None:
         t_end = min(1 - 1.5 / max(nfe + extra, 2), process.t1)
     if not (0.01 <= rho <= 100 and process.t0 < t_end <= process.t1):
         raise ValueError(f"want 0.01 <= rho <= 100 and {process.t0} < t_end <= {process.t1}, got {rho=}, {t_end=}")
     a, b = (float(process.clock(t, R) if R else t) ** (1 / rho) for t in (process.t0, t_end))
-    u = torch.linspace(a, b, nfe + extra, dtype=torch.float64)[1:-1] ** rho
+    u = torch.linspace(a, b, nfe + extra, **F64)[1:-1] ** rho
     return (process.t0, *(process.time(u, R) if R else u).tolist(), t_end)[: nfe + extra]
 
 
@@ -433,14 +437,14 @@ def weights(flow, at, t, t_next):
     u, du = gauss_legendre(t, t_next)
     basis = torch.stack([math.prod([(u - b) / (a - b) for b in at if b != a], start=torch.ones_like(u)) for a in at])
     force = du * scale(flow, u) * basis
-    free = torch.tensor([[1.0, t_next - t], [0.0, 1.0]], dtype=torch.float64)
+    free = torch.tensor([[1.0, t_next - t], [0.0, 1.0]], **F64)
     return torch.cat([free, torch.stack([((t_next - u) * force).sum(-1), force.sum(-1)])], 1)
 
 
 @lru_cache(1000)
 def gauss_legendre(a, b, nodes=16):
     """Nodes and weights on [a, b] from the eigenvectors of the Jacobi matrix (Golub & Welsch 1969)."""
-    k = torch.arange(1, nodes, dtype=torch.float64)
+    k = torch.arange(1, nodes, **F64)
     off = k / (4 * k**2 - 1).sqrt()
     x, V = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     return (a + b) / 2 + (b - a) / 2 * x, (b - a) * V[0] ** 2

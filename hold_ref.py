@@ -42,7 +42,7 @@ stands still, so that the same start ends at another sample.
     eps_theta  net            (B, C, ...)   param = "paper": net(m, t, label), t of shape (B,)
     D          precondition   (B, C, ...)   param = "denoiser": E[x | y] from net(c_in y, c_noise, label)
 
-Coefficients are float64 on the CPU; `mix` and `each` alone bring them to the dtype and the device of the state.
+Coefficients are float64 on the CPU, F64; `mix` and `each` alone bring them to the dtype and the device of the state.
 """
 
 import math
@@ -55,6 +55,8 @@ from typing import ClassVar
 
 import torch
 from torch.nn.functional import pad
+
+F64 = {"dtype": torch.float64, "device": "cpu"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The process
@@ -134,7 +136,7 @@ class HOLD:
     def drift(self):
         """(n, n): F."""
         gamma, xi = self.damping
-        G = torch.diag(torch.tensor(gamma, dtype=torch.float64), 1)
+        G = torch.diag(torch.tensor(gamma, **F64), 1)
         F = G - G.mT
         F[-1, -1] = -xi
         return F
@@ -142,14 +144,14 @@ class HOLD:
     @by_time
     def transition(self, t, column=None):
         """(..., n, n), or one column (..., n): exp(F t)."""
-        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        t = torch.as_tensor(t, **F64)
         if not ((t >= 0) & (t < math.inf)).all():
             raise ValueError(f"HOLD time runs from 0 (data) to T (prior), got {t.min():g} to {t.max():g}")
         if not self.is_critical:
             E = torch.linalg.matrix_exp(self.drift() * t[..., None, None])
             return E if column is None else E[..., column]
         n, lam = self.n, -self.damping[1] / self.n
-        N = self.drift() - lam * torch.eye(n, dtype=torch.float64)
+        N = self.drift() - lam * torch.eye(n, **F64)
         terms = torch.stack([torch.linalg.matrix_power(N, k) / math.factorial(k) for k in range(n)])
         # e^{lam t} t^k for all k
         powers = torch.cat([torch.exp(lam * t)[..., None], t[..., None].expand(*t.shape, n - 1)], -1).cumprod(-1)
@@ -172,8 +174,8 @@ class HOLD:
         At early times S0 and the noise of [0, t] are stacked in square-root form, where nothing cancels; at late times
         cov is nearly L_inv I, and the small entries keep their digits only if computed as the difference from that.
         """
-        E, eye = self.transition(t), torch.eye(self.n, dtype=torch.float64)
-        S0 = torch.full((self.n,), self.alpha * self.L_inv, dtype=torch.float64)
+        E, eye = self.transition(t), torch.eye(self.n, **F64)
+        S0 = torch.full((self.n,), self.alpha * self.L_inv, **F64)
         S0[0] = 0
         early = lower(torch.cat([E * S0.sqrt(), self.diffusion(t)], -1))
         rest = (E * (S0 - self.L_inv)) @ E.mT
@@ -187,7 +189,7 @@ class HOLD:
         40 nodes resolve |F| t <= 16, at critical damping |lam| t <= 24; longer times are reached by doubling, Q(2t)
         Q(2t)^T = exp(F t) Q Q^T exp(F t)^T + Q Q^T.
         """
-        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        t = torch.as_tensor(t, **F64)
         F, xi = self.drift(), self.damping[1]
         longest = 24 * self.n / xi if self.is_critical else 16 / float(torch.linalg.matrix_norm(F, 2))
         doublings = max(0, math.ceil(math.log2(max(float(t.max()), longest) / longest)))
@@ -223,7 +225,7 @@ class HOLD:
     @cached_property
     def knots(self):
         """sqrt(SNR) (1000,), rising, and t (1000,), falling from T to t_min."""
-        t = torch.linspace(math.log(self.T), math.log(self.t_min), 1000, dtype=torch.float64).exp()
+        t = torch.linspace(math.log(self.T), math.log(self.t_min), 1000, **F64).exp()
         return self.snr(t).sqrt(), t
 
     @cached_property
@@ -244,7 +246,8 @@ class HOLD:
     def prior(self, shape, generator=None):
         """(B, n C, ...) float32: the state at t = T for data of shape (B, C, ...), on the generator's device."""
         shape = (shape[0], self.n * shape[1], *shape[2:])
-        eps = torch.randn(shape, generator=generator, device=generator.device if generator else None)
+        device = generator.device if generator else None
+        eps = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
         return math.sqrt(self.L_inv) * eps
 
 
@@ -273,7 +276,7 @@ def each(c, x):
 @by_time
 def affine(process, t):
     """w (..., n) and b (...) of eps_n = w . m + b x: w is the last row of L^-1, b = -kappa_n."""
-    e_n = torch.eye(process.n, dtype=torch.float64)[:, -1:]
+    e_n = torch.eye(process.n, **F64)[:, -1:]
     w = torch.linalg.solve_triangular(process.cholesky(t).mT, e_n, upper=True)[..., 0]
     return w, -(w * process.mean(t)).sum(-1)
 
@@ -307,7 +310,7 @@ def loss(process, net, x, label=None):
 
 def stratified(n):
     """n uniform numbers in random order, one in each n-th of [0, 1]: a batch covers all times."""
-    return (torch.randperm(n) + torch.rand(n, dtype=torch.float64)) / n
+    return (torch.randperm(n, device="cpu") + torch.rand(n, **F64)) / n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,7 +359,8 @@ def predict(process, net, m, t, label=None, condition=None, data_mean=None):
     """E[x | m] (B, C, ...), and the state to go on from, m: by `denoise`, or by condition(process, net, m, t, label),
     which may change both. data_mean: where m tells nothing yet, this is E[x | m], without a call."""
     if data_mean is not None:
-        return torch.zeros_like(m.chunk(process.n, 1)[0]) + torch.as_tensor(data_mean).to(m), m
+        mean = torch.as_tensor(data_mean, dtype=m.dtype, device=m.device)
+        return torch.zeros_like(m.chunk(process.n, 1)[0]) + mean, m
     return condition(process, net, m, t, label) if condition else (denoise(process, net, m, t, label), m)
 
 
@@ -378,18 +382,18 @@ def times(process, nfe, rho, t_end, R=HOLD.R, extra=0):
     if nfe < 1:
         raise ValueError(f"nfe counts network calls and must be at least 1, got {nfe}")
     if t_end is None:
-        t_end = float(process.time(torch.tensor(3.0 * nfe, dtype=torch.float64).log1p(), 1.0))
+        t_end = float(process.time(torch.tensor(3.0 * nfe, **F64).log1p(), 1.0))
     if not (0.01 <= rho <= 100 and process.t_min <= t_end < process.T):
         raise ValueError(f"want 0.01 <= rho <= 100 and {process.t_min:g} <= t_end < {process.T}, got {rho=}, {t_end=}")
     a, b = (float(process.clock(t, R)) ** (1 / rho) for t in (process.T, t_end))
-    u = torch.linspace(a, b, nfe + extra, dtype=torch.float64)[1:-1] ** rho
+    u = torch.linspace(a, b, nfe + extra, **F64)[1:-1] ** rho
     return (process.T, *process.time(u, R).tolist(), t_end)[: nfe + extra]
 
 
 @torch.no_grad()
 def em(process, net, m0, nfe, label=None, rho=1.0, t_end=None, randn=torch.randn_like, condition=None):
     """SDE, Euler-Maruyama."""
-    m, xi, e_n = m0, process.damping[1], torch.eye(process.n, dtype=torch.float64)[:, -1:]
+    m, xi, e_n = m0, process.damping[1], torch.eye(process.n, **F64)[:, -1:]
     ts = times(process, nfe, rho, t_end)
     for t, t_next in pairwise(ts):
         h = t - t_next
@@ -440,7 +444,7 @@ def linear_flow(process, m, h, randn):
 @by_time
 def linear_noise(process, h):
     """(n, n): F^T is F with every other block's sign changed, so its noise is the forward one's with those signs."""
-    sign = (-1.0) ** torch.arange(process.n, dtype=torch.float64)[:, None]
+    sign = (-1.0) ** torch.arange(process.n, **F64)[:, None]
     return sign * lower(process.diffusion(h))
 
 
@@ -449,14 +453,14 @@ def force(process, t):
     """(1, n + 1): f = m_n + L_inv grad_n log p(m | x) as a combination of the blocks of cat(m, x)."""
     w, b = affine(process, t)
     eps_n = torch.cat([w, b[None]])
-    return (torch.eye(process.n + 1, dtype=torch.float64)[-2] - process.L_inv * w[-1] * eps_n)[None]  # w_n is 1/L_nn
+    return (torch.eye(process.n + 1, **F64)[-2] - process.L_inv * w[-1] * eps_n)[None]  # w_n is 1/L_nn
 
 
 @by_time
 def kick(process, t, h):
     """(n, n + 1), on cat(m, x): dm_n = 2 xi f |dt| over h at frozen t and x, solved exactly: df/d|dt| = a f with a < 0,
     at low noise so large that an Euler step would be unstable."""
-    xi, f, eye = process.damping[1], force(process, t), torch.eye(process.n, process.n + 1, dtype=torch.float64)
+    xi, f, eye = process.damping[1], force(process, t), torch.eye(process.n, process.n + 1, **F64)
     a = 2 * xi * float(f[0, -2])  # d(2 xi f) / dm_n
     growth = math.expm1(a * h) / a if a else h
     return eye + 2 * xi * growth * eye[:, [-2]] * f
@@ -507,7 +511,7 @@ def ode(
 @lru_cache(1000)
 def gauss_legendre(a, b, nodes=16):
     """Nodes and weights on [a, b] from the eigenvectors of the Jacobi matrix (Golub & Welsch 1969)."""
-    k = torch.arange(1, nodes, dtype=torch.float64)
+    k = torch.arange(1, nodes, **F64)
     off = k / (4 * k**2 - 1).sqrt()
     x, V = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     return (a + b) / 2 + (b - a) / 2 * x, (b - a) * V[0] ** 2
@@ -535,13 +539,14 @@ def log_likelihood_bound(process, net, x, label=None, exact=None, tol=1e-5):
     """
     B, d, n, t = len(x), x[0].numel(), process.n, process.t_min
     exact = d <= 16 if exact is None else exact
-    probes = torch.eye(d).to(x).reshape(d, 1, *x.shape[1:]) if exact else torch.randint_like(x, 2)[None] * 2 - 1
+    eye = torch.eye(d, dtype=x.dtype, device=x.device)
+    probes = eye.reshape(d, 1, *x.shape[1:]) if exact else torch.randint_like(x, 2)[None] * 2 - 1
     eps = torch.randn_like(torch.cat([x] * n, 1))
     z = mix(process.kappa(t)[:, None], x) + eps
 
     def field(s, y):  # d(z, log p)/ds, s = log time
-        time, near = math.exp(s), torch.tensor([-2e-3, -1e-3, 1e-3, 2e-3], dtype=torch.float64)
-        rate = torch.tensor([1.0, -8.0, 8.0, -1.0], dtype=torch.float64) @ process.kappa((s + near).exp()) / 12e-3
+        time, near = math.exp(s), torch.tensor([-2e-3, -1e-3, 1e-3, 2e-3], **F64)
+        rate = torch.tensor([1.0, -8.0, 8.0, -1.0], **F64) @ process.kappa((s + near).exp()) / 12e-3
         with torch.enable_grad():
             state = y[:, :-1].detach().reshape(eps.shape).requires_grad_()
             D = denoise(process, net, mix(process.cholesky(time), state), time, label)

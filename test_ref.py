@@ -365,6 +365,30 @@ def test_prior(P):
     assert worst(blocks.cov(), L @ L.T) < 5 * math.sqrt(2 / 60000)  # five standard errors
 
 
+@each_of(ODE, paper(ODE), HOLD(order=2), paper(HOLD()))
+def test_defaults_of_torch_do_not_matter(P):
+    """A script may set another default device and dtype: coefficients stay float64 on the CPU, states as they came."""
+    module, m0, x0 = module_of(P), P.prior((4, 2), torch.Generator().manual_seed(0)), torch.zeros(5, 2)
+    names = [name for name in module.SAMPLERS if name in ("ode", "exponential")]
+
+    def net(m, t, label=None):
+        return 0.1 * m[:, :2]
+
+    def run(P):
+        return [P.cov(0.5), P.prior((4, 2), torch.Generator("cpu").manual_seed(0)),
+                *(module.SAMPLERS[name](P, net, m0, 4) for name in names)]  # fmt: skip
+
+    right, Q = run(P), dataclasses.replace(P, sigma_data=0.5 + 1e-9)  # whose coefficients nothing keeps yet
+    with torch.device("meta"):
+        torch.set_default_dtype(torch.float16)
+        try:
+            found = run(Q)
+            assert module.loss(Q, net, x0).dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and worst(a, b) < 1e-5 for a, b in zip(right, found, strict=True))
+
+
 @each_of(ODE, HOLD())
 def test_mix_and_each_keep_their_precision_under_autocast(P):
     module, A, m = module_of(P), randn64(0, 5, 2, 3), randn64(1, 5, 6, 4, 4)
@@ -1808,6 +1832,26 @@ def test_twenty_strange_pictures(cache, pil, capfd):
     assert "20 post" not in said and "hidden" not in said  # five names are enough
 
 
+def test_one_picture_is_read_as_a_set_of_them_is(folder, pil):
+    """16 bits, transparent, turned; and one line for what is no picture."""
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    pil.fromarray(grey * 1024).save("wide.png")
+    pil.fromarray(np.stack([grey.astype("u1")] * 3 + [grey.astype("u1") * 0], 2), "RGBA").save("clear.png")
+    turn = pil.Exif()
+    turn[0x0112] = 3
+    pil.fromarray(grey.astype("u1")).save("turned.png", exif=turn)
+    for name, right in (("wide", (grey * 1024 + 128) // 257), ("clear", grey * 0 + 255), ("turned", grey[::-1, ::-1])):
+        assert same(sample.read_picture(f"{name}.png", (1, 8, 8), "--stroke")[0].numpy(), right.astype("u1"))
+    Path("empty.npy").write_bytes(b"")
+    np.savez("z.npz", grey)
+    Path("z.npz").rename("archive.npy")
+    Path("cut.png").write_bytes(Path("wide.png").read_bytes()[:60])
+    Path("text.png").write_text("a picture, honestly")
+    np.save("objects.npy", np.array([{}, None]))
+    for name in ("empty.npy", "archive.npy", "cut.png", "text.png", "objects.npy", "none.png"):
+        fails(f"--stroke {name}", sample.read_picture, name, (1, 8, 8), "--stroke")
+
+
 def lanczos(image, side, size):
     """The central square of image (H, W), to size x size: each axis, the width first, is weighted with
     sinc(t) sinc(t / 3), t in units of what a pixel of the result covers."""
@@ -1856,6 +1900,12 @@ def test_sub_folders_are_classes_and_a_zip_is_a_folder(cache, pil, capfd):
     assert data.shape_of("set", 12) == (3, 12, 12) and train.load_checkpoint("run/ckpt.pt")["config"]["labels"] == 3
     paint(pil, "set/of mine/beside.png", noise(7, 12, 12))
     assert data.load("set", size=12).train_labels is None
+    for name in "ab":
+        Path("links").mkdir(exist_ok=True)
+        Path("links", name).symlink_to(f"../set/of mine/{name}")
+    Path("links/b").resolve().joinpath("round").symlink_to("..")  # without end
+    dataset = data.load("links", size=12)
+    assert len(whole(dataset)) >= 4 and set(torch.cat([dataset.train_labels, dataset.test_labels]).tolist()) == {0, 1}
 
 
 def test_a_set_is_converted_once_and_again_when_it_changes(cache, pil, monkeypatch):
@@ -1874,8 +1924,19 @@ def test_a_set_is_converted_once_and_again_when_it_changes(cache, pil, monkeypat
     Path("set/0.png").unlink()
     assert same(whole(data.load("set", size=8))[:5], first[1:]) and len(opened) == 19 + 6
     assert len(list(cache.iterdir())) == 4  # what was replaced is gone
-    next(cache.glob("set-8*.json")).write_text("{damaged")
-    assert same(whole(data.load("set", size=8))[:5], first[1:]) and len(opened) == 25 + 6
+    manifest, array = next(cache.glob("set-8*.json")), next(cache.glob("set-8*.npy"))
+    good, pixels = manifest.read_text(), array.read_bytes()
+    for text in ("{", "null", "[]", "3", good.replace("skipped", "skippet"), good.replace('"rows": 6', '"rows": "6"')):
+        opened.clear()
+        manifest.write_text(text)
+        assert same(whole(data.load("set", size=8))[:5], first[1:]) and len(opened) == 6
+    array.write_bytes(pixels[:-9])
+    assert same(whole(data.load("set", size=8))[:5], first[1:]) and len(opened) == 12
+    os.utime("set/5.png", (2, 2))
+    with monkeypatch.context() as patch:  # what is closed today may be open tomorrow
+        patch.setattr(pil, "open", lambda file, **_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        fails("cannot read set/1.png .*Permission denied", data.load, "set", size=8)
+    assert same(whole(data.load("set", size=8))[:5], first[1:])
 
 
 def test_a_conversion_goes_on_where_it_was_killed(cache, pil, monkeypatch):
@@ -2212,6 +2273,8 @@ def test_every_layer_of_the_unet_has_a_gradient():
 
 
 def test_attention_is_softmax_attention():
+    for c, heads in ((64, 1), (128, 2), (200, 2), (256, 4), (320, 5), (202, 2), (205, 1)):
+        assert nets.Attention(c).heads == heads
     layer = perturbed(nets.Attention(8))
     x = torch.randn(2, 8, 3, 2)
     q, k, v = layer.qkv(layer.norm(x)).flatten(2).chunk(3, 1)  # (2, 8, 6) each
@@ -2514,7 +2577,8 @@ def test_one_label_in_ten_is_dropped_and_class_means_are_exact(folder):
     for name, x in (("images", pixels), ("points", randn64(0, 50, 3).numpy() * 9 + 4)):
         np.savez(name, x=x, labels=labels)
         dataset = data.load(f"{name}.npz")
-        found = dataset.labels_summary()
+        with pytest.warns(UserWarning, match="no sample of class 1, 3 to learn"):
+            found = dataset.labels_summary()
         assert found["labels"] == 5 and found["class_means"].shape == (5, *dataset.shape)
         seen = dataset.train.double() / 127.5 - 1 if dataset.is_image else dataset.train.double()
         for k in (0, 2, 4):
@@ -2551,6 +2615,11 @@ def test_runs_with_classes_resume_and_old_ones_are_sampled(folder, toy):
     file = np.load("cut/samples.npz")
     assert file["arr_0"].shape == (80, 8, 8, 1) and (file["labels"] == np.arange(10).repeat(8)).all()
     assert read_png(Path("cut/samples.png")).shape == (8 * (10 * 9 - 1), 8 * (8 * 9 - 1))  # a row for each class
+    for n, columns in ((15, 1), (1100, 102)):  # rows of one class each, as long as all can have
+        sample.main(["--ckpt", "cut/ckpt.pt", *f"--class all --nfe 1 --n {n} --out many".split()])
+        found, labels = np.load("many/samples.npz").values()
+        first = np.concatenate([found[labels == i][:columns] for i in range(10)])
+        assert len(found) == n and same(read_png(Path("many/samples.png")), data.image_grid(first, columns))
     old = broken(toy / "denoiser/ckpt.pt", lambda c: c["config"].pop("classes"))
     sample.main(["--ckpt", old, "--n", "2", "--nfe", "2", "--out", "here"])
     for command, words in (
@@ -2623,6 +2692,8 @@ def test_a_narrow_locale_a_lost_terminal_and_a_full_disk_for_the_log_end_nothing
     assert len(losses(folder / "run")) == 6 and "данные" in Path("run/log.txt").read_text("utf-8")
     train.main([*TOY, "--out", "full"])
     assert Path("full/ckpt.pt").exists()
+    closed = f"{shlex.join([*command, '--out', 'closed'])} >&- 2>&-"
+    assert subprocess.run(closed, shell=True).returncode == 0 and Path("closed/ckpt.pt").exists()
 
 
 @contextlib.contextmanager
@@ -2668,6 +2739,17 @@ def test_a_full_disk_keeps_the_old_files_and_leaves_no_others(folder):
         data.write_files({folder / "a": b"1", folder / "b": lambda file: (_ for _ in ()).throw(KeyboardInterrupt)})
     assert not list(folder.glob("*.tmp")) and not (folder / "a").exists()
 
+    class Impatient(BaseException):
+        pass
+
+    def save(file):
+        wrapped = SimpleNamespace(write=lambda part: (_ for _ in ()).throw(Impatient), flush=file.flush)
+        torch.save({"net": torch.zeros(10**6)}, wrapped)
+
+    with pytest.raises(Impatient):  # not "make room"
+        data.write_files({folder / "a": save})
+    assert not list(folder.glob("*.tmp")) and not (folder / "a").exists()
+
 
 def test_a_run_owns_its_folder(folder):
     config, found = {"method": "agm", "data": "digits", "out": None}, []
@@ -2680,13 +2762,27 @@ def test_a_run_owns_its_folder(folder):
         fails("another process", train.claim, {**config, "out": str(out)}, goes_on)
     log.write(b"step 1 of a run that ended before its first save")
     log.close()
-    for name in ("step-0000001.png", "ckpt.pt.0a1b2c3d.tmp", ".try", "notes.txt"):
+    kept = [".try", "ckpt.pt.mine.tmp", "notes.txt", "step-by-step.png"]
+    for name in (*kept, "step-0000001.png", "ckpt.pt.0a1b2c3d.tmp"):
         (out / name).write_text("mine")
     train.main([*TOY, "--out", str(out), "--steps", "1"])
-    assert sorted(p.name for p in out.iterdir()) == [".try", "ckpt.pt", "log.txt", "notes.txt", "step-0000001.png"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*kept, "ckpt.pt", "log.txt", "step-0000001.png"])
     assert "before its first save" not in (out / "log.txt").read_text()
     assert (out / "step-0000001.png").read_bytes()[:4] == b"\x89PNG"
     [log.close() for _, log in found]
+    Path("mine").mkdir()
+    (out / "ckpt.pt").rename(out / "best.pt")
+    for path in (Path("mine/log.txt"), folder / "precious.txt"):
+        path.write_text("dear diary")
+    Path("linked").mkdir()
+    Path("linked/log.txt").symlink_to(folder / "precious.txt")
+    before = snapshot(folder)
+    for name, words in ((out, "holds a run"), ("mine", "not the log of a run"), ("linked", "not the log of a run")):
+        assert words in refused(train, *TOY, "--out", str(name))
+    assert snapshot(folder) == before
+    Path("runs").rename("moved")
+    Path("runs").symlink_to("/nonexistent/scratch")  # a disk that is not mounted
+    assert "cannot write to runs/agm-digits" in refused(train, *TOY)
 
 
 @pytest.mark.parametrize("name", ["digits", "moons"])
@@ -2896,7 +2992,7 @@ def score(folder, capsys, monkeypatch):
     return run
 
 
-def test_the_score_of_arrays_pngs_and_stored_moments_is_one(folder, score):
+def test_the_score_of_arrays_pngs_and_stored_moments_is_one(folder, score, monkeypatch):
     """Also against the features in float64, by the singular values of the test above."""
     images = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), np.uint8)
     drawn = images[:200] // 2
@@ -2919,6 +3015,10 @@ def test_the_score_of_arrays_pngs_and_stored_moments_is_one(folder, score):
     for source, ref in (("a", "data.npy"), ("samples.npz", "ref.npz")):
         with pytest.warns(UserWarning, match="samples are few"):
             assert abs(score(source, "--ref", ref, *options)[1] / exact - 1) < 1e-6
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "LARGE", 1000)
+        with pytest.warns(UserWarning, match="samples are few"):
+            assert abs(score("samples.npz", "--ref", "data.npy", *options)[1] / exact - 1) < 1e-6
     np.save("many.npy", np.resize(drawn, (10_000, 8, 8, 1)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -2963,6 +3063,7 @@ def test_a_small_classifiers_distance_is_not_called_fid(folder, score, recwarn):
         ("fine.npy --ref digits --features fine.npy", "--features fine.npy is not a TorchScript file"),
         ("fine.npy --ref digits --features other.pt", "--features other.pt is not a TorchScript file"),
         ("fine.npy --ref digits --batch 0", "--batch must be a whole number"),
+        ("fine.npy --ref digits --epochs -3", "--epochs must be a whole number"),
     ],
 )
 def test_what_cannot_be_scored_is_one_line(score, folder, argv, words):
@@ -3079,7 +3180,9 @@ def test_progress_says_how_long_the_rest_takes(monkeypatch, capsys):
 def test_png_dir_has_a_file_a_sample_of_three_channels(toy, folder, monkeypatch):
     options = ["--ckpt", str(toy / "denoiser/ckpt.pt"), *"--nfe 2 --n 5 --batch 2 --out here --png-dir".split()]
     Path("there").mkdir()
-    for name in ("new/deep", "there"):
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    for name in ("new/deep", "there", "link"):
         sample.main([*options, name])
         x = np.load("here/samples.npz")["arr_0"]
         assert sorted(os.listdir(name)) == [f"00000{i}.png" for i in range(5)] and len(os.listdir("new")) == 1
@@ -3210,6 +3313,11 @@ MISTAKES = [
     ("train --data digit --out new", "did you mean digits"),
     ("train --data cifar10 --data-dir nowhere --out new", "nowhere"),
     ("train --data none.npy --out new", "none.npy"),
+    ("train --data memory.npy --out new", "error: no file memory.npy"),
+    ("train --data moons --dropout 0.5 --out new", "--dropout has no effect on points"),
+    ("train --data gmm --flip --out new", "--flip has no effect on points"),
+    ("train --method hold --param paper --sde --out new", "--sde has no effect on HOLD"),
+    ("train --data digits --data-dir {toy} --out new", "--data-dir is for fashion"),
     ("train --steps 0 --out new", "--steps must be a whole number from 1"),
     ("train --steps many --out new", "--steps"),
     ("sample --nef 5", "--nef"),

@@ -341,15 +341,15 @@ def claim(config, goes_on):
         raise data.UserError(f"{out} belongs to another process, which is running: choose another --out")
     if not goes_on and any(out.glob("*.pt")):
         raise data.UserError(f"{out} already holds a run: --resume goes on with it; or choose another --out")
-    names = r"(ckpt\.pt|step-\d{7}\.png)\.[0-9a-f]{8}\.tmp"  # of a run that was killed
+    leftover = r"(ckpt\.pt|step-\d{7}\.png)\.[0-9a-f]{8}\.tmp"  # of a run that was killed
     if not goes_on and log.seek(0, os.SEEK_END):  # or that ended before its first save
         log.seek(0)
         if not re.match(rb"\w+\(.*\) on |step \d", log.readline(1000)):
             raise data.UserError(f"{out / 'log.txt'} is not the log of a run: choose another --out")
-        names += r"|step-\d{7}\.png"
+        leftover += r"|step-\d{7}\.png"
         log.truncate(0)
     for path in out.iterdir():
-        if re.fullmatch(names, path.name):
+        if re.fullmatch(leftover, path.name):
             path.unlink(missing_ok=True)
     return out, log
 

@@ -221,10 +221,10 @@ def sample(args):
     shown = min(n, 1024, max(1, 2**26 // math.prod(shape))) if len(shape) == 3 else n  # readers refuse huge pictures
     classes = {} if label is None else {"labels": label.numpy()}
     files = {out / "samples.npz": partial(np.savez_compressed, arr_0=array, **classes)}
-    columns, rows = None, slice(shown)
+    columns, rows, what = None, slice(shown), f"the first {shown}"
     if getattr(args, "class") == "all" and (columns := shown // config["labels"]):  # a row for each class
         rows = np.concatenate([(label == i).nonzero()[:columns, 0] for i in range(config["labels"])])
-        shown = len(rows)
+        shown, what = len(rows), f"the first {columns} of each class"
     stop = []
     with train.signals(lambda number, _: stop.append(number)):  # the samples may be the work of hours
         try:
@@ -236,7 +236,7 @@ def sample(args):
             write_pngs(pngs, array)
         part.unlink(missing_ok=True)
     names = " and ".join(map(str, [pngs, *files] if pngs else files))
-    wrote = f"wrote {names}" + (f", which shows {shown}" if shown < n else "")
+    wrote = f"wrote {names}" + (f", which shows {what}" if shown < n else "")
     if stop:
         raise train.Stopped(stop[0], f"stopped: {wrote}")
     print(f"{n} samples from {path} ({config['param']} net on {config['data']}), drawn with {process}")

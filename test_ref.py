@@ -3625,7 +3625,8 @@ def ours(stderr):
 
 
 def test_the_update_does_not_depend_on_how_many_share_the_batch(folder, monkeypatch):
-    options = [*TOY, *"--steps 3 --batch 8 --warmup 0 --lr 1e-3".split()]  # rounding moves weights by lr 1e-7 / |gradient|
+    """Rounding moves a weight by lr 1e-7 / |gradient|."""
+    options = [*TOY, *"--steps 3 --batch 8 --warmup 0 --lr 1e-3".split()]
     with monkeypatch.context() as patch:
         feed(patch.setattr, 1)
         train.main([*options, "--out", "whole"])

@@ -1,45 +1,25 @@
-"""Data and pictures: name or file -> one tensor, or rows of a file -> batches in [-1, 1] -> pixels -> PNG.
+"""Data and pictures: a name or file -> one tensor -> batches in network units -> samples in the file's units -> PNG.
 
     gmm, spiral, checkerboard, moons   2-D points, drawn afresh for every batch
     digits                             1,797 grey 8x8 images in assets/digits.npz
-    fashion                            Fashion-MNIST, 28x28 grey, four IDX gz files
-    cifar10                            CIFAR-10, 32x32 colour, the official binary archive
+    fashion, cifar10                   Fashion-MNIST, 28x28 grey, CIFAR-10, 32x32 colour: downloaded once, or --data-dir
+    FILE.npy, FILE.npz                 uint8 images (N, H, W) or (N, H, W, C), float points (N, D), or fields: float or
+                                       uint16 images (N, H, W, C) of any C; an .npz may have integer `labels`
+    FOLDER, FILE.zip                   pictures of any kind (extras/pictures.py); sub-folders are classes
     imagenet64                         ImageNet, 64x64 colour, the official eleven .npz files
-    FILE.npy, FILE.npz                 uint8 images (N, H, W) or (N, H, W, C), or float points (N, D)
-    FOLDER, FILE.zip                   pictures that Pillow reads, each brought to --size; sub-folders are classes
 
-Images stay uint8 and `batch` converts them to [-1, 1]; points are centred and scaled once, in float64, when they are
-read; `to_pixels` and `to_points` convert back. No workers: a batch is one indexing operation on the training device.
-What has more than LARGE bytes stays in the file (.npy) or in memory, and one thread reads the next batch ahead.
-
-digits is the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, UCI Machine
-Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0), taken from scikit-learn's `load_digits`; the
-only change is from 17 grey levels v to uint8, round(v * 255 / 16).
+Images stay uint8 until `batch` takes them to [-1, 1]; points and fields are centred by each channel's mean and divided
+by one scale. digits is the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998,
+UCI Machine Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0), from scikit-learn's `load_digits`;
+the only change is from 17 grey levels v to uint8, round(v * 255 / 16).
 """
 
 import difflib
-import gzip
-import hashlib
-import http.client
-import io
-import json
 import math
 import os
-import re
-import secrets
 import struct
-import sys
-import tarfile
-import time
-import urllib.error
-import urllib.request
 import warnings
-import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,19 +27,8 @@ import numpy as np
 import torch
 
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.npz"
-FASHION_DIR = "/usr/share/datasets/fashion-mnist"  # where Debian's package puts it
-FASHION_URL = "https://github.com/zalandoresearch/fashion-mnist/tree/master/data/fashion"
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170,052,171 bytes
-CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-CIFAR10_TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
-CIFAR10_TEST = "test_batch.bin"
-IMAGENET64 = [*(f"train_data_batch_{i}.npz" for i in range(1, 11)), "val_data.npz"]
-IMAGENET64_URL = "https://image-net.org/download-images"  # for registered users
-FORMATS = "PNG JPEG WEBP GIF BMP TIFF".split()  # of pictures; Pillow's others could start foreign programs
 ARRAYS = (".npy", ".npz")
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-LIMIT = 200 * 10**6  # bytes: no set that is read compressed or from the internet is larger, no picture in a zip
-LARGE = 2**30  # bytes: training takes as much for a net worth so many images. What is larger stays where it is
+LARGE = 2**30  # bytes: a larger array stays where it is, and batches index it
 
 
 class UserError(Exception):
@@ -71,81 +40,59 @@ def why(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def lock(file):
-    """Whether the open file is now this process's alone: until it is closed, or the process ends, however it ends."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # Windows and some network file systems have no such locks
-        pass
-    return True
-
-
-def open_part(path):
-    """The file `path`, made where it lacks, to be written in parts by this process alone."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link could make us write anywhere
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "r+b", opener=lambda path, _: os.open(path, flags, 0o666))  # noqa: SIM115, it stays open
-    if not lock(file):
-        file.close()
-        raise UserError(f"another process is writing {path}: wait for it, then run again")
-    return file
-
-
-def write_files(files):
-    """Write {path: bytes or function(file)}, all or none: under temporary names of their own first, then renamed."""
-    temporary, path = {}, None
+def write_files(files, fix="make room, or choose another folder"):
+    """Write {path: bytes or function(file)}, all or none: under temporary names first, then renamed."""
+    temporary = {path: Path(f"{path}.{os.getpid()}.tmp") for path in files}
     try:
         for path, content in files.items():
-            temporary[path] = f"{path}.{secrets.token_hex(4)}.tmp"
-            with open(temporary[path], "xb") as file:
+            with open(temporary[path], "wb") as file:
                 content(file) if callable(content) else file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for path, name in temporary.items():
             os.replace(name, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns the first, and what a signal raises, into the second
-        if error.__context__ and not isinstance(error.__context__, Exception):
-            raise error.__context__ from None
-        done = [str(p) for p, name in temporary.items() if p != path and not os.path.exists(name)]
-        kept = f"; wrote {', '.join(done)}" if done else "; nothing was written"
-        raise UserError(f"cannot write {path} ({why(error)}){kept}: make room, or choose another folder") from None
+    except (OSError, RuntimeError) as error:  # torch.save makes the second of the first
+        raise UserError(f"cannot write {path} ({why(error)}): {fix}") from None
     finally:
-        for name in temporary.values():
-            Path(name).unlink(missing_ok=True)
+        for name in filter(Path.exists, temporary.values()):
+            name.unlink()
 
 
 class Rows:
-    """array[rows] of uint8 images (N, H, W, C) that lie in a file, indexed like a tensor (N, C, H, W)."""
+    """change(array[rows]) of an array that is too large to copy, indexed like the tensor that it would be."""
 
-    def __init__(self, array, rows):
-        self.array, self.rows, self.dtype, self.nbytes = array, torch.from_numpy(rows), torch.uint8, array.nbytes
-        self.shape = (len(rows), array.shape[3], *array.shape[1:3])
+    def __init__(self, array, rows, change):
+        self.array, self.rows, self.change = array, rows, change
+        self.shape = (len(rows), *self[:0].shape[1:])
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return torch.from_numpy(self.array[self.rows[index].numpy()]).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(np.ascontiguousarray(self.change(self.array[self.rows[index]])))
+
+
+def parts(x):
+    """(first row, rows) of an array, a tensor or Rows, some megabytes at a time."""
+    step = max(1, 2**21 // math.prod(x.shape[1:]))
+    return ((i, x[i : i + step]) for i in range(0, len(x), step))
 
 
 @dataclass
 class Dataset:
     name: str
-    train: torch.Tensor | Rows  # uint8 (N, C, H, W), or float32 (N, D) in network units
-    test: torch.Tensor  # held out, the same kind; may be empty for small files
+    kind: str  # "image": uint8 pixels; "points": floats (N, D); "field": float images
+    train: torch.Tensor | Rows  # uint8 (N, C, H, W), or float32 (N, D) or (N, C, H, W) in network units
+    test: torch.Tensor | Rows  # held out, the same kind; may be empty for small files
     train_labels: torch.Tensor | None = None  # int64 (N,)
     test_labels: torch.Tensor | None = None
-    draw: Callable | None = None  # n -> fresh points (n, D)
+    names: tuple | list = ()  # of the classes; empty: no labels
+    no_labels: str = ""  # why there are none, where that is not plain
+    draw: object = None  # n -> fresh points (n, D)
     flip: bool = False  # mirror half of the training images
-    shift: torch.Tensor | float = 0.0  # points as given = shift + scale * points in network units; float64
-    scale: float = 1.0  # one number for all axes keeps the shape of the data
+    shift: torch.Tensor | float = 0.0  # float64, of each channel: value in the file = shift + scale * network units
+    scale: float = 1.0  # one number for all channels keeps the shape of the data
     device: torch.device = torch.device("cpu")  # noqa: RUF009, of the batches
-    ahead: tuple = ()  # rows that a thread reads, and the promise of their images
-    reader = ThreadPoolExecutor(1)
 
     @property
     def shape(self):
@@ -154,101 +101,62 @@ class Dataset:
 
     @property
     def is_image(self):
-        return self.train.dtype == torch.uint8
-
-    @property
-    def bound(self):
-        """The largest |value| that a network may meet in the data."""
-        return 1.0 if self.is_image else 1.1 * max(-float(self.train.min()), float(self.train.max()))
-
-    @property
-    def mean(self):
-        """The mean of what a network meets, over all training samples: float32 (C, H, W) or (D,)."""
-        kind = np.int64 if self.is_image else np.float64  # torch's sum over the first axis is ten times slower
-        total = sum(part.cpu().numpy().sum(0, dtype=kind) for part in parts(self.train))
-        mean = torch.from_numpy(total / len(self.train))
-        return (mean / 127.5 - 1 if self.is_image else mean).float()
-
-    @property
-    def std(self):
-        """The standard deviation of what a network meets, over all training samples and dimensions."""
-        if not self.is_image:
-            sums = [sum(float(part.double().pow(k).sum()) for part in parts(self.train)) for k in (1, 2)]
-            return math.sqrt(sums[1] / self.train.numel() - (sums[0] / self.train.numel()) ** 2)
-        count = sum(part.flatten().bincount(minlength=256).cpu() for part in parts(self.train)).double()
-        value = torch.arange(256).double() / 127.5
-        centred = value - (count * value).sum() / count.sum()
-        return float(((count * centred**2).sum() / count.sum()).sqrt())
-
-    def labels_summary(self):
-        """What a checkpoint keeps of the classes: `labels`, how many there are, and `class_means`, E[x | label] of what
-        a network meets, float32 (labels, *shape), where they are small."""
-        classes, size = 0 if self.train_labels is None else int(self.train_labels.max()) + 1, math.prod(self.shape)
-        if not 0 < classes <= 10_000:
-            raise UserError(f"{self.name} has {classes or 'no'} classes, --classes wants labels from 0 to at most 9999")
-        count = self.train_labels.bincount(minlength=classes)
-        if empty := (count == 0).nonzero().flatten().tolist():
-            warnings.warn(f"{self.name} has no sample of class {', '.join(map(str, empty[:9]))} to learn", stacklevel=2)
-        if classes * size > 2**22:
-            return {"labels": classes}
-        total, i = torch.zeros(classes, size, dtype=torch.float64), 0
-        for part in parts(self.train):
-            total.index_add_(0, self.train_labels[i : i + len(part)], part.flatten(1).double())
-            i += len(part)
-        mean = total / count.clamp(min=1)[:, None]
-        mean = (mean / 127.5 - 1 if self.is_image else mean).float()
-        return {"labels": classes, "class_means": mean.reshape(classes, *self.shape)}
-
-    def summary(self):
-        """What a checkpoint keeps of its data: what sampling needs, and what tells them from other data."""
-        units = {"shape": list(self.shape), "shift": torch.as_tensor(self.shift).tolist(), "scale": self.scale}
-        window = None if self.is_image else extent(self.to_points(self.train[:: max(1, len(self.train) // 10_000)]))
-        return {**units, "bound": self.bound, "std": self.std, "data_mean": self.mean, "window": window}
+        return self.kind == "image"
 
     def to(self, device):
-        """The same with batches on that device; what is LARGE stays, and so does shift, as not all have float64."""
-        small = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor) and v.nbytes <= LARGE}
-        return replace(self, **{k: v.to(device) for k, v in small.items() if k != "shift"}, device=torch.device(device))
+        """The same with batches on that device; Rows stay where they are, as does what is held out."""
+        tensors = {k: getattr(self, k) for k in ("train", "train_labels") if torch.is_tensor(getattr(self, k))}
+        return replace(self, **{k: v.to(device) for k, v in tensors.items()}, device=torch.device(device))
+
+    def units(self, x):
+        """Samples as they are kept -> network units."""
+        return x / 127.5 - 1 if self.is_image else x
 
     def batch(self, n):
-        """x (n, C, H, W) in [-1, 1] or (n, D) of unit scale, float32, and its labels (n,) or None, with replacement.
-
-        All randomness is the global CPU generator's, whatever the device: its state is enough to resume exactly.
-        """
+        """x (n, C, H, W) or (n, D) in network units, float32, and its labels (n,) or None, drawn with replacement. All
+        randomness is the global CPU generator's, whatever the device: its state is enough to resume exactly."""
         if self.draw:
             return send(self.draw(n), self.device), None
         index = torch.randint(len(self.train), (n,))
         there = send(index, self.device)
-        if self.train.nbytes <= LARGE:
-            x = self.train[there]
-        else:
-            known, promise = self.ahead or (index[:0], None)
-            x = send(promise.result() if torch.equal(known, index) else self.train[index], self.device)
-        label = None if self.train_labels is None else self.train_labels[there]
-        if not self.is_image:
-            return x, label
+        x = send(self.train[index], self.device) if isinstance(self.train, Rows) else self.train[there]
         if self.flip:
             mirrored = send(torch.rand(n) < 0.5, self.device)
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-        return x / 127.5 - 1, label
+        return self.units(x), None if self.train_labels is None else self.train_labels[there]
 
-    def read_ahead(self, n):
-        """Lets a thread read what `batch(n)` will ask for, if that is the next to draw. The generator stays as it was:
-        no number and no checkpoint depends on this, and a wrong guess costs the reading only."""
-        if self.train.nbytes > LARGE:
-            with torch.random.fork_rng(devices=[]):
-                index = torch.randint(len(self.train), (n,))
-            self.ahead = index, self.reader.submit(self.train.__getitem__, index)
+    def held_out(self, rows):
+        """Held-out samples in network units, and their labels or None, on the CPU. rows: a slice, or indices."""
+        return self.units(self.test[rows]), None if self.test_labels is None else self.test_labels[rows]
 
-    @staticmethod
-    def to_pixels(x):
-        """Images (B, C, H, W) in [-1, 1] -> uint8 numpy (B, H, W, C), rounded and clamped."""
-        pixels = ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+    def summary(self):
+        """The facts of the training data that a checkpoint keeps: what sampling needs, and what tells them from other
+        data. Means and std are those of what a network meets, of flipped data where `flip` is on."""
+        n, classes, size, labels = len(self.train), len(self.names), math.prod(self.shape), self.train_labels
+        few = 0 < classes * size <= 2**22  # numbers in the means of all classes
+        sums, square, largest = torch.zeros(classes if few else 1, size, dtype=torch.float64), 0.0, 0.0
+        for i, part in parts(self.train):
+            x = part.cpu().flatten(1).double()
+            sums.index_add_(0, labels[i : i + len(x)].cpu() if few else torch.zeros(len(x), dtype=torch.int64), x)
+            square, largest = square + float(x.square().sum()), max(largest, float(x.abs().max()))
+        middle = float(sums.sum()) / (n * size)
+        std = math.sqrt(max(0.0, square / (n * size) - middle**2)) / (127.5 if self.is_image else 1)
+        counts = torch.zeros(0) if labels is None else labels.cpu().bincount(minlength=classes)
 
-    def to_points(self, x):
-        """Points (B, D) in network units -> numpy (B, D) in the units of the data."""
-        return in_units(x, self.shift, self.scale)
+        def mean(total, count):
+            mean = self.units((total / count).reshape(-1, *self.shape)).float()
+            return (mean + mean.flip(-1)) / 2 if self.flip else mean
+
+        facts = dict(kind=self.kind, shape=list(self.shape), shift=torch.as_tensor(self.shift).tolist())
+        facts |= dict(scale=self.scale, std=std, bound=1.0 if self.is_image else 1.1 * largest, window=None)
+        facts |= dict(labels=classes, names=list(self.names), counts=counts.tolist(), mean=mean(sums.sum(0), n)[0])
+        facts["class_means"] = mean(sums, counts.clamp(min=1)[:, None]) if few else None
+        some = self.train[:: 1 + n // min(10_000, 1 + 2**22 // size)]
+        if self.kind == "points":
+            facts["window"] = extent(finish(some, facts))
+        elif self.kind == "field":
+            facts["window"] = tuple(np.quantile(finish(some, facts)[..., :3], (0.001, 0.999)).tolist())
+        return facts
 
 
 def send(x, device):
@@ -256,13 +164,15 @@ def send(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def in_units(x, shift, scale):
-    """Points (B, D) in network units -> shift + scale x, worked out in float64: numpy (B, D), float32 unless that would
-    round a number by more than 1e-4 scale."""
-    points = (x.detach().cpu().double() * scale + torch.as_tensor(shift, dtype=torch.float64)).numpy()
-    with np.errstate(over="ignore"):
-        short = points.astype(np.float32)
-    return short if np.abs(short - points).max(initial=0) <= 1e-4 * scale else points
+def finish(x, facts):
+    """Samples in network units -> numpy: uint8 (N, H, W, C), or floats (N, D) or (N, H, W, C) in the units of the
+    file; float32, or float64 where that would round by more than 1e-4 scale."""
+    x, scale = x.detach().cpu(), facts["scale"]
+    if facts["kind"] == "image":
+        return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    shift = torch.tensor(facts["shift"], dtype=torch.float64).reshape(-1, *[1] * (x.ndim - 2))
+    is_short = float(shift.abs().max()) < 1000 * scale and 1e-30 < scale < 1e30
+    return (x.double() * scale + shift).to(torch.float32 if is_short else torch.float64).movedim(1, -1).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,31 +218,25 @@ NAMES = list(SHAPES)
 
 
 def load(name, data_dir=None, flip=None, size=0):
-    """Data set `name` of NAMES, or of that path: an .npy/.npz file, a folder or zip of pictures; on the CPU. UserError
-    says what to do otherwise.
-
-    data_dir: where fashion, cifar10 (or its archive) and imagenet64 live. flip: overrides the data set's own choice.
-    size: pixels a side of the pictures.
-    """
-    name = str(name)
-    if data_dir and name not in ("fashion", "cifar10", "imagenet64"):
+    """Data set `name` of NAMES, or of that path: an .npy/.npz file, a folder or zip of pictures; on the CPU. data_dir:
+    where official files live. flip: overrides the set's own choice. size: pixels a side of a folder's pictures."""
+    name, folder = str(name), Path(data_dir).expanduser() if data_dir else None
+    if folder and name not in ("fashion", "cifar10", "imagenet64"):
         raise UserError(f"--data-dir is for fashion, cifar10 and imagenet64, not for {name}: leave it out")
     if name in POINTS:
         draw, generator = POINTS[name], torch.Generator().manual_seed(0)
-        dataset = Dataset(name, draw(10_000, generator), draw(10_000, generator), draw=draw)
+        dataset = Dataset(name, "points", draw(10_000, generator), draw(10_000, generator), draw=draw)
     elif name == "digits":
-        dataset = samples(DIGITS_FILE, name, *read_array(DIGITS_FILE), slice(4, None, 5))
-    elif name == "fashion":
-        dataset = fashion(data_dir)
-    elif name == "cifar10":
-        dataset = cifar10(data_dir)
-    elif name == "imagenet64":
-        dataset = imagenet64(data_dir)
-    elif (path := path_of(name, size)).suffix in ARRAYS:
-        dataset = samples(path, path.stem, *read_array(path))
+        dataset = samples(DIGITS_FILE, *read_array(DIGITS_FILE), held_out=slice(4, None, 5))
+    elif name not in NAMES and (path := path_of(name, size)).suffix in ARRAYS:
+        dataset = samples(path, *read_array(path))
     else:
-        dataset = pictures(path, size)
-    return dataset if flip is None else replace(dataset, flip=flip)
+        from extras import official, pictures
+
+        found = official.load(name, folder) if name in NAMES else pictures.load(path, size)
+        dataset = samples(Path(name), *found)
+    flip = name in ("cifar10", "imagenet64") if flip is None else flip
+    return replace(dataset, flip=flip and dataset.kind != "points")
 
 
 def shape_of(name, size=0):
@@ -344,113 +248,98 @@ def shape_of(name, size=0):
         raise UserError(f"--size {size} is for a folder or zip of pictures, {name} is neither: leave --size out")
     if not path:
         return SHAPES[name]
-    _, *size = as_samples(path, read_array(path)[0]).shape
-    return (size[2], *size[:2]) if len(size) == 3 else tuple(size)
+    _, *sides, channels = as_samples(path, read_array(path)[0])[0].shape
+    return (channels, *sides)
 
 
 def path_of(name, size):
     """The array file, or the folder or zip of pictures, of that name."""
     path = Path(name).expanduser()
-    is_array, is_pictures = path.suffix in ARRAYS, path.is_dir() or path.suffix.lower() == ".zip"
-    if not is_array and not is_pictures:
-        near = difflib.get_close_matches(name.lower(), NAMES, 1)
+    if not path.is_dir() and (not path.exists() or path.suffix not in (*ARRAYS, ".zip", ".ZIP")):
+        near = difflib.get_close_matches(name.lower(), [*NAMES, *map(str, path.parent.glob("*"))], 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        known = f"{', '.join(NAMES)}, an .npy/.npz file, a folder or zip of pictures"
-        raise UserError(f"no data set {name!r}{hint}: give one of {known}")
-    if not is_array and not size:
+        what = f"{path} is no data" if path.exists() else f"no such file or folder, and no data set {name!r}{hint}"
+        raise UserError(f"{what}: give {', '.join(NAMES)}, an .npy/.npz file, a folder or zip of pictures")
+    if path.suffix not in ARRAYS and not size:
         raise UserError(f"{path} is for pictures: add --size, the pixels a side that they are brought to, say 64")
     return path
 
 
-def label_tensor(labels):
-    return torch.from_numpy(labels.astype(np.int64))
-
-
-def samples(path, name, array, labels=None, held_out=None):
-    """The arrays of a file as a Dataset. held_out: rows; by default a fifth, drawn at random but always the same. No
-    flips, as nothing says that a mirror image is data."""
-    array = as_samples(path, array)
-    n, form = len(array), labels is not None and (labels.shape, labels.dtype.kind)
-    if form and (form[0] != (n,) or form[1] not in "iu" or not 0 <= labels.min() <= labels.max() < 2**31):
-        raise UserError(f"{path} has bad labels: they must be {n} integers >= 0, one for each sample")
+def samples(path, array, labels=None, names=(), held_out=None, no_labels=""):
+    """The arrays of a file as a Dataset. held_out: rows; by default a fifth, drawn at random but always the same."""
+    array, kind = as_samples(path, array)
+    n, label_parts, units = len(array), [None, None], {}
     trains = np.ones(n, bool)
     trains[np.random.default_rng(0).permutation(n)[: n // 5] if held_out is None else held_out] = False
     rows = [np.flatnonzero(trains), np.flatnonzero(~trains)]
-    both = [None, None] if labels is None else [label_tensor(labels[r]) for r in rows]
-    if array.dtype == np.uint8:
+    if labels is not None:
+        found = "text" if labels.dtype.kind in "US" else f"{labels.dtype} {labels.shape}"
+        labels = labels[:, 0] if labels.shape == (n, 1) else labels
+        if labels.shape != (n,) or labels.dtype.kind not in "iu":
+            raise UserError(f"{path}: labels must be {n} integers, one for each sample; found {found}")
+        if not 0 <= labels.min() <= labels.max() < 10_000:
+            raise UserError(f"{path}: labels must be from 0 to 9999; found {labels.min()} to {labels.max()}")
+        label_parts = [torch.from_numpy(labels[r].astype(np.int64)) for r in rows]
+        names = names or [str(i) for i in range(labels.max() + 1)]
+    if kind == "image":
         low, high = int(array.min()), int(array.max())
         if low == high or high == 1:
             raise UserError(f"{path} has pixels from {low} to {high}: 255 is white, so multiply masks by 255")
-        if high < 64:
-            warnings.warn(f"{path}: the largest pixel is {high}, taken as dark, for white is 255", stacklevel=2)
-        if array.nbytes > LARGE:
-            return Dataset(name, *(Rows(array, r) for r in rows), *both)
-        images = (gather(array, r, lambda part: part.transpose(0, 3, 1, 2), np.uint8) for r in rows)
-        return Dataset(name, *images, *both)
-    shift, scale = standard(path, array, rows[0])
-    train, test = (gather(array, r, lambda part: (part.astype(np.float64) - shift) / scale, np.float32) for r in rows)
-    return Dataset(name, train, test, *both, shift=torch.from_numpy(shift), scale=scale)
+        both = [Rows(array, r, lambda part: part.transpose(0, 3, 1, 2)) for r in rows]
+    else:
+        shift, scale = standard(path, array, rows[0])
+        units = dict(shift=torch.from_numpy(shift), scale=scale)
+        both = [Rows(array, r, lambda x: np.moveaxis(np.float32((x - shift) / scale), -1, 1)) for r in rows]
+    if array.nbytes <= LARGE:
+        both = [torch.cat([x[:0], *(part for _, part in parts(x))]) for x in both]
+    return Dataset(path.resolve().stem, kind, *both, *label_parts, names, no_labels, **units)
 
 
 def as_samples(path, array):
-    """The array as uint8 images (N, H, W, C) or float points (N, D). UserError where it is neither, or could be both
-    one thing and another."""
-    shape, is_image, is_float = array.shape, array.dtype == np.uint8, array.dtype.kind == "f"
-    one_or_many = array.ndim == 3 and (shape[2] in (1, 3) or shape[1] > shape[2] == 4)
-    channels = array.ndim == 3 or (array.ndim == 4 and shape[3] in (1, 3))
-    for wrong, text in (
-        (array.size == 0, f"an empty array of shape {shape}: give at least one sample"),
-        (not (is_image or is_float), f"dtype {array.dtype}: convert images to uint8 (0..255), points to float32"),
-        (is_float and array.ndim in (3, 4), f"float images {shape}: convert them to uint8 (0..255)"),
-        (is_float and array.ndim != 2, f"float shape {shape}: points must be (N, D), numbers (N, 1)"),
-        (is_image and one_or_many, f"uint8 shape {shape}, which may be one picture or many: give (N, H, W, C)"),
-        (is_image and not channels, f"uint8 shape {shape}: images must be (N, H, W) or (N, H, W, C) with C 1 or 3"),
-    ):
-        if wrong:
-            raise UserError(f"{path} has {text}")
-    return array[..., None] if array.ndim == 3 else array
+    """The array with its channels last, and its kind: "image" for uint8 (N, H, W) or (N, H, W, C), "points" for floats
+    (N, D), "field" for floats or uint16 (N, H, W, C). UserError where it is none, or could be two things."""
+    shape, ndim, is_image = array.shape, array.ndim, array.dtype == np.uint8
+    is_float = array.dtype.kind == "f" or (array.dtype.kind == "u" and array.itemsize == 2 and ndim > 2)
+    fix = "" if array.size else "is empty: give at least one sample"
+    if not (is_image or is_float):
+        fix = "is neither: convert images to uint8 (0..255), points to float32"
+    elif ndim == 3 and (shape[2] in (1, 3) or shape[1] > shape[2] == 4):
+        fix = "may be one picture or many: give (N, H, W, C)"
+    elif ndim not in ((2, 3, 4) if is_float else (3, 4)) or (is_image and shape[3:] not in ((), (1,), (3,))):
+        fix = "is neither: images are (N, H, W) or (N, H, W, C), of uint8 with C 1 or 3, points are floats (N, D)"
+    if fix:
+        raise UserError(f"{path}: {array.dtype} {shape} {fix}")
+    return array[..., None] if ndim == 3 else array, "image" if is_image else "points" if ndim == 2 else "field"
 
 
-def standard(path, points, rows):
-    """Mean (D,) and scale of those rows, in float64 and in parts: float32 would lose what lies far from 0."""
-
-    n = len(rows)
-    with np.errstate(all="ignore"):  # what overflows is caught as an infinity
-        shift = sum(part.astype(np.float64).sum(0) for part in parts(points, rows)) / n
-        spread = np.sqrt(sum(np.square(part.astype(np.float64) - shift).sum(0) for part in parts(points, rows)) / n)
-        scale = float(np.sqrt(np.square(spread).mean()))
-    if not math.isfinite(scale) or not all(np.isfinite(part).all() for part in parts(points)):
+def standard(path, array, rows):
+    """Mean (C,) of each channel and one scale of those rows, in float64: float32 would lose what lies far from 0. Warns
+    where channels differ a lot, and where a few rows set the scale."""
+    C, kind = array.shape[-1], "axis" if array.ndim == 2 else "channel"
+    values = Rows(array, rows, lambda part: part.astype(np.float64))
+    n = len(rows) * math.prod(array.shape[1:-1])
+    shift = sum(part.flatten(0, -2).sum(0) for _, part in parts(values)) / n
+    spread = (sum((part.flatten(0, -2) - shift).square().sum(0) for _, part in parts(values)) / n).sqrt()
+    scale = float(spread.square().mean().sqrt())
+    if not math.isfinite(scale) or not all(np.isfinite(part).all() for _, part in parts(array)):
         raise UserError(f"{path} has values that are not finite, or too large: remove the rows with NaN or infinity")
-    if scale == 0:
-        raise UserError(f"{path} holds {n} equal points: there is nothing to learn, give points that differ")
+    if scale <= 1e-14 * float(shift.abs().max()):
+        raise UserError(f"{path} is constant on every {kind}: there is nothing to learn, give samples that differ")
+    if array.ndim == 4 and array.shape[1] < array.shape[2] == C:
+        warnings.warn(f"{path}: {array.shape} taken for (N, H, W, C): transpose it if it is (N, C, H, W)", stacklevel=2)
     if spread.min() < spread.max() / 100:
-        low, high = (f"axis {i} spreads over {spread[i]:.3g}" for i in (spread.argmin(), spread.argmax()))
+        low, high = (f"{kind} {int(i)} spreads over {spread[i]:.3g}" for i in (spread.argmin(), spread.argmax()))
         warnings.warn(f"{path}: {low}, {high}, and one scale serves all: rescale if both matter", stacklevel=2)
-    if len(points) < points.shape[1]:
-        warnings.warn(f"{path}: taken as {len(points)} points of {points.shape[1]} numbers each", stacklevel=2)
-    return shift, scale
-
-
-def parts(array, rows=None):
-    """array[rows], or all of it, some megabytes at a time."""
-    rows, step = range(len(array)) if rows is None else rows, max(1, 2**21 // math.prod(array.shape[1:]))
-    for i in range(0, len(rows), step):
-        yield array[i : i + step] if isinstance(rows, range) else array[rows[i : i + step]]
-
-
-def gather(array, rows, change, dtype):
-    """change(array[rows]) as a tensor, made in parts: a large array is never copied twice."""
-    out, i = np.empty((len(rows), *change(array[:1]).shape[1:]), dtype), 0
-    for part in parts(array, rows):
-        out[i : i + len(part)] = change(part)
-        i += len(part)
-    return torch.from_numpy(out)
+    some = values[:: 1 + n * C // 2**22].reshape(-1, n // len(rows), C).numpy()
+    near = float(np.median(np.sqrt(np.square(some - np.median(some, (0, 1))).mean((1, 2)))))
+    if near < scale / 6:  # Gaussians: 0.7 to 1; Student's t with 3 degrees of freedom: 0.4 and more
+        text = f"{path}: half of the rows lie within {near:.2g} of the median, but a few set the scale of all"
+        warnings.warn(f"{text}, {scale:.2g}: are they data?", stacklevel=2)
+    return shift.numpy(), scale
 
 
 def read_array(path):
     """The samples of an .npy/.npz file, and its `labels` or None. Never unpickles, never guesses."""
-    if not path.is_file():
-        raise UserError(f"no file {path}: give the path of an existing .npy or .npz file")
     try:
         with path.open("rb") as file:  # numpy would leave a broken zip open
             if file.read(6) == b"\x93NUMPY":
@@ -458,350 +347,35 @@ def read_array(path):
             file.seek(0)
             loaded = np.load(file, allow_pickle=False)
             names = [key for key in loaded.files if key != "labels"]
-            known = {"images", "x"} if "arr_1" in names else {"images", "x", "arr_0"}
-            chosen = names if len(names) == 1 else [key for key in names if key in known]
-            array = loaded[chosen[0]] if len(chosen) == 1 else np.empty(0)
-            labels = loaded["labels"] if "labels" in loaded.files else None
-    except MemoryError:
-        raise
-    except Exception as error:  # numpy and zipfile raise a dozen kinds; all mean the same here
+            chosen = [key for key in names if len(names) == 1 or key in ("images", "x")]
+            if len(chosen) != 1:
+                raise ValueError(f"it holds {', '.join(names)[:99]}: call the samples images or x, the classes labels")
+            array, *labels = [loaded[key][...] for key in (*chosen, "labels") if key in loaded.files]
+    except Exception as error:  # numpy and zipfile raise a dozen kinds; a file that is no array a TypeError
         raise UserError(f"cannot read {path} ({why(error)}): write it again with numpy.save or numpy.savez") from None
-    if len(chosen) != 1 and names:
-        raise UserError(f"{path} holds {', '.join(names)[:200]}: call the samples images or x, the classes labels")
-    if not all(isinstance(a, np.ndarray) for a in (array, labels) if a is not None):
-        raise UserError(f"{path} is a zip of other files than arrays: write it with numpy.savez")
     if len(names) > 1:
-        warnings.warn(f"{path}: the samples are {chosen[0]}; the other arrays are not used", stacklevel=2)
-    return array, labels
-
-
-def fashion(data_dir):
-    """Fashion-MNIST. No flips: its shoes all point to the left."""
-    folder = Path(data_dir or FASHION_DIR).expanduser()
-    pairs = []
-    for part in ("train", "t10k"):
-        images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)
-        labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1)
-        if len(images) != len(labels):
-            raise UserError(f"{folder} has {len(images)} {part} images but {len(labels)} labels: fetch the files again")
-        pairs.append((torch.from_numpy(images[:, None].copy()), label_tensor(labels)))
-    (train, train_labels), (test, test_labels) = pairs
-    return Dataset("fashion", train, test, train_labels, test_labels)
-
-
-def read_idx(path, ndim):
-    """IDX of bytes, gzipped: big-endian magic 0x0800 + ndim, ndim sizes, data -> uint8 array of ndim axes."""
-    if not path.is_file():
-        raise UserError(f"no {path}: apt-get install dataset-fashion-mnist, or get {FASHION_URL} and give --data-dir")
-    content = gunzip(path, "fetch it again")
-    if len(content) < 4 + 4 * ndim:
-        raise UserError(f"{path} is damaged ({len(content)} bytes): fetch it again")
-    (magic, *sizes), body = struct.unpack_from(f">{1 + ndim}I", content), content[4 + 4 * ndim :]
-    if magic != 0x0800 + ndim or len(body) != math.prod(sizes) or not body:
-        raise UserError(f"{path} is no IDX file of {ndim} axes (magic {magic}, sizes {sizes}): fetch it again")
-    return np.frombuffer(body, np.uint8).reshape(sizes)
-
-
-def gunzip(path, fix):
-    """The content of a gzip file, which must not exceed LIMIT: a small file can claim to hold more than any memory."""
-    try:
-        with gzip.open(path) as file:
-            content = file.read(LIMIT + 1)  # to the end, where gzip checks its CRC
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({why(error)}): {fix}") from None
-    if len(content) > LIMIT:
-        raise UserError(f"{path} unpacks to more than {LIMIT / 1e6:.0f} MB: {fix}")
-    return content
-
-
-def cifar10(data_dir):
-    """CIFAR-10 from the archive or the unpacked folder that data_dir points at or holds; else from the internet."""
-    archive_name, folder_name = CIFAR10_URL.rsplit("/", 1)[1], "cifar-10-batches-bin"
-    root = Path(data_dir).expanduser() if data_dir else cache_dir()
-    folder = next((f for f in (root, root / folder_name) if (f / CIFAR10_TEST).is_file()), None)
-    archive = root if root.is_file() else root / archive_name
-    if folder:
-        paths = [folder / name for name in (*CIFAR10_TRAIN, CIFAR10_TEST)]
-        files = {path.name: path.read_bytes() for path in paths if path.is_file() and path.stat().st_size < LIMIT}
-    else:
-        if data_dir is None and not archive.is_file():
-            download(CIFAR10_URL, CIFAR10_MD5, archive)
-        if not archive.is_file():
-            state = "has neither" if root.exists() else "does not exist: want a folder with"
-            raise UserError(f"--data-dir {root} {state} {archive_name} or {folder_name}/; {CIFAR10_URL} has it")
-        files = read_tar(archive)
-    where = folder or archive
-    train, train_labels = cifar_records(files, CIFAR10_TRAIN, where)
-    test, test_labels = cifar_records(files, [CIFAR10_TEST], where)
-    return Dataset("cifar10", train, test, train_labels, test_labels, flip=True)
-
-
-def read_tar(path):
-    """{name: content} of the .bin files of a tar.gz, in memory: nothing is unpacked to disk."""
-    content = gunzip(path, f"replace it by {CIFAR10_URL}")
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            members = (m for m in tar if m.isfile() and m.name.endswith(".bin") and 0 <= m.size <= len(content))
-            return {Path(m.name).name: tar.extractfile(m).read() for m in members}
-    except (tarfile.TarError, ValueError, OSError, OverflowError) as error:
-        raise UserError(f"{path} is damaged ({why(error)}): replace it by {CIFAR10_URL}") from None
-
-
-def cifar_records(files, names, where):
-    """Records of 1 label byte + 3,072 pixels (R, G, B planes, row-major) -> uint8 (N, 3, 32, 32), int64 (N,)."""
-    for name in names:
-        if not files.get(name) or len(files[name]) % 3073:
-            size = f"{len(files[name])} bytes" if name in files else "missing"
-            raise UserError(f"{where}: {name} is {size}, wanted n x 3073 bytes: fetch {CIFAR10_URL} again")
-    records = np.frombuffer(b"".join(files[name] for name in names), np.uint8).reshape(-1, 3073)
-    if records[:, 0].max() > 9:
-        raise UserError(f"{where} has labels over 9, so it is not CIFAR-10's binary version: get {CIFAR10_URL}")
-    return torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), label_tensor(records[:, 0])
-
-
-def imagenet64(data_dir):
-    """Downsampled ImageNet (Chrabaszcz, Loshchilov & Hutter 2017, arXiv 1707.08819): .npz files of `data`, uint8
-    (N, 12288) in planes R, G, B, and `labels`, 1..1000. Its validation images are held out."""
-    folder = Path(data_dir or cache_dir()).expanduser()
-
-    def read(name, key):
-        try:
-            with np.load(folder / name, allow_pickle=False) as file:
-                return file[key] if key == "data" else file[key].reshape(-1).astype(np.int64) - 1
-        except MemoryError:
-            raise
-        except Exception as error:  # as in read_array
-            raise UserError(f"cannot read {folder / name} ({why(error)}): get it from {IMAGENET64_URL}") from None
-
-    def images(name):
-        array, n = read(name, "data"), len(labels[name])
-        if array.dtype != np.uint8 or array.shape != (n, 12288):
-            raise UserError(f"{folder / name}: data {array.dtype} {array.shape} for {n} labels, get it again")
-        return array.reshape(n, 3, 64, 64).transpose(0, 2, 3, 1), []
-
-    labels = {name: read(name, "labels") for name in IMAGENET64}
-    array, _ = converted("imagenet64", folder, 64, IMAGENET64, images)
-    held_out = slice(-len(labels[IMAGENET64[-1]]), None)
-    return replace(samples(folder, "imagenet64", array, np.concatenate([*labels.values()]), held_out), flip=True)
-
-
-def walk(folder):
-    """The files below it, through links too; OSError for what is closed."""
-
-    def closed(error):
-        raise error
-
-    seen = set()
-    for root, folders, files in os.walk(folder, onerror=closed, followlinks=True):
-        folders[:] = [f for f in folders if os.path.realpath(os.path.join(root, f)) not in seen]
-        seen.update(os.path.realpath(os.path.join(root, f)) for f in folders)
-        yield from (Path(root, f).relative_to(folder).as_posix() for f in files if Path(root, f).is_file())
-
-
-def decode(file):
-    """A picture file, or its path -> Pillow's image, RGB of 8 bits, upright, on white; and {kind: whether it was}."""
-    from PIL import Image, ImageOps
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(file, formats=FORMATS)
-        mode, alpha = image.mode, "A" in image.getbands() or "transparency" in image.info
-        grey, wide, turned = mode in ("1", "L", "LA"), mode[0] == "I", image.getexif().get(0x0112) in range(2, 9)
-        kinds = {"grey": grey or wide, "16-bit": wide, "CMYK": mode == "CMYK", "palette": mode[0] == "P"}
-        kinds |= {"transparent": alpha, "turned by EXIF": turned, "animated": getattr(image, "is_animated", False)}
-        if mode == "F":
-            raise ValueError("its pixels are floats")
-        image = ImageOps.exif_transpose(image)
-    if wide:
-        image = Image.fromarray(((np.asarray(image).astype(int).clip(0, 65535) + 128) // 257).astype(np.uint8))
-    elif alpha:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB"), kinds
-
-
-def pictures(path, size):
-    """A folder or zip of pictures: the central square of each, brought to size x size by Lanczos' filter; grey if all
-    are. Sub-folders are classes in the order of their names, if no picture lies outside of them."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise UserError(f"pip install pillow to read the pictures of {path}") from None
-    try:
-        archive = None if path.is_dir() else zipfile.ZipFile(path)
-        files = set(archive.namelist() if archive else walk(path))
-        names = sorted(n for n in files if n.lower().endswith(ENDINGS) and not re.search(r"(^|/)(\.|__MACOSX/)", n))
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"cannot read {path} ({why(error)}): give a folder or zip of pictures") from None
-    if not names:
-        raise UserError(f"{path} has no pictures: give a folder or zip with files {' '.join(ENDINGS)}")
-
-    def read(name):
-        if archive and archive.getinfo(name).file_size > LIMIT:
-            raise ValueError(f"unpacks to more than {LIMIT / 1e6:.0f} MB")
-        try:
-            with archive.open(name) if archive else open(path / name, "rb") as file:
-                image, kinds = decode(file)
-        except OSError as error:
-            if error.errno:  # not the picture's fault: what cannot be read today may be there tomorrow
-                raise UserError(f"cannot read {path / name} ({why(error)}): make it readable, or remove it") from None
-            raise
-        kinds["enlarged"] = min(image.size) < size
-        square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-        return np.asarray(square)[None], [key for key, value in kinds.items() if value]
-
-    array, state = converted(path.stem, path, size, names, read)
-    skipped, n = dict(state["skipped"]), len(array)
-    folders = [Path(name).parts[:-1] for name in names if name not in skipped]
-    while all(folders) and len({f[0] for f in folders}) == 1:
-        folders = [f[1:] for f in folders]
-    classes = {name: i for i, name in enumerate(sorted({f[0] for f in folders}))} if all(folders) else {}
-    notes = [f"{path}: {n} pictures {array.shape[1:]}"]
-    if classes:
-        notes.append(f"{len(classes)} classes: {', '.join(f'{i} {name}' for name, i in [*classes.items()][:20])}")
-    notes += [f"{k} {key}" for key, k in state["notes"].items() if key != "grey" or k < n]
-    if skipped:
-        broken = ", ".join(f"{why(name)} ({text})" for name, text in [*skipped.items()][:5])
-        notes.append(f"{len(skipped)} broken and skipped: {broken}")
-    print("; ".join(notes), file=sys.stderr)
-    return samples(path, path.stem, array, np.array([classes[f[0]] for f in folders]) if classes else None)
-
-
-def converted(title, source, size, names, read):
-    """The images of all files, uint8 (N, size, size, C), memory-mapped, and the manifest: an .npy and a .json in the
-    cache, made once. After a kill a call goes on where the manifest was written last. Needs twice the room for a while.
-
-    read(name) -> uint8 (n, size, size, 3), and kinds of what was converted. What it fails for is skipped; a UserError
-    ends all. C is 1 if all are of the kind "grey".
-    """
-    stats = [os.stat(p) for p in ([source / n for n in names] if source.is_dir() else [source])]
-    tag = hashlib.sha256(f"{source.resolve()} {size}".encode(errors="backslashreplace")).hexdigest()[:8]
-    key = hashlib.sha256(repr([names, [(s.st_size, s.st_mtime_ns) for s in stats]]).encode()).hexdigest()
-    path, row = cache_dir() / f"{title}-{size}-{tag}.npy", 3 * size**2
-    part, manifest, due = path.with_suffix(".part"), path.with_suffix(".json"), 0
-    blank, fits = {"source": str(source), "key": key, "done": 0, "rows": 0, "notes": {}, "skipped": []}, False
-    with suppress(OSError, ValueError, AttributeError):
-        state = json.loads(manifest.read_text())
-        fits = {k: type(v) for k, v in state.items()} == {k: type(v) for k, v in blank.items()} and state["key"] == key
-    if fits and path.is_file():
-        with suppress(UserError):  # a file that was cut is made again
-            return read_array(path)[0], state
-    try:
-        with open_part(part) as file:
-            if not fits or file.seek(0, os.SEEK_END) < row * state["rows"]:
-                path.unlink(missing_ok=True)
-                state = blank
-            file.truncate(row * state["rows"])
-            file.seek(0, os.SEEK_END)
-            for i in range(state["done"], len(names)):
-                try:
-                    images, notes = read(names[i])
-                except (UserError, MemoryError):
-                    raise
-                except Exception as error:  # Pillow raises a dozen kinds
-                    state["skipped"].append((names[i], why(error).split(" <")[0]))
-                else:
-                    file.writelines(np.ascontiguousarray(block) for block in parts(images))
-                    state["rows"] += len(images)
-                    state["notes"] = Counter(state["notes"]) + Counter(notes)
-                state["done"] = i + 1
-                if time.monotonic() > due or i + 1 == len(names):
-                    file.flush()
-                    os.fsync(file.fileno())
-                    write_files({manifest: json.dumps(state).encode()})
-                    print(f"{source}: {i + 1} of {len(names)} files read", file=sys.stderr, flush=True)
-                    due = time.monotonic() + 5
-            if not (n := state["rows"]):
-                raise UserError(f"{source} has no picture that can be read: {': '.join(state['skipped'][0])}")
-
-            def write(target):
-                shape = (n, size, size, 1 if state["notes"].get("grey") == n else 3)
-                np.lib.format.write_array_header_1_0(target, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                whole = np.memmap(file, np.uint8, "r", shape=(n, size, size, 3))
-                target.writelines(np.ascontiguousarray(block[..., : shape[3]]) for block in parts(whole))
-
-            write_files({path: write})
-        part.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {part} ({why(error)}): make room, or set XDG_CACHE_HOME elsewhere") from None
-    return read_array(path)[0], state
+        warnings.warn(f"{path}: the samples are {chosen[0]}; the other arrays are not used", stacklevel=1)
+    return array, labels[0] if labels else None
 
 
 def cache_dir():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phase-ref"
 
 
-def download(url, md5, target):
-    """Fetch url to target through target.part, which a later call resumes; target only ever appears whole."""
-    part = target.with_name(target.name + ".part")
-    by_hand = f"fetch {url} by hand and give --data-dir"
-    try:
-        with open_part(part) as file:
-            if target.is_file():  # it has just finished
-                return
-            done, total = fetch(url, file)
-            if done < total:
-                raise OSError(f"stopped at {done} of {total} bytes")
-            file.seek(0)
-            found = hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
-            if found != md5:
-                part.unlink()
-                raise UserError(f"{url} came with MD5 {found}, wanted {md5}; removed it: run again, or {by_hand}")
-            part.replace(target)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if part.is_file() and not part.stat().st_size:
-            part.unlink()
-        raise UserError(f"download failed ({why(error)}): run again to resume, or {by_hand}") from None
-
-
-class OnlyHttps(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect only to where nobody on the way can change what comes."""
-
-    def redirect_request(self, request, file, code, message, headers, url):
-        if not url.lower().startswith("https://"):
-            raise OSError(f"redirected to {url[:100]}, which is not https")
-        return super().redirect_request(request, file, code, message, headers, url)
-
-
-def fetch(url, file):
-    """Append the rest of url to the open file. Bytes now there, and bytes wanted as far as the server tells."""
-    done = file.seek(0, os.SEEK_END)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        response = urllib.request.build_opener(OnlyHttps).open(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if done and error.code == 416:  # nothing is left to send: the MD5 decides
-            return done, done
-        raise
-    with response:
-        if response.status != 206:  # 200: the server ignores Range and starts over
-            done = file.seek(0)
-            file.truncate()
-        length = response.headers.get("Content-Length") or "0"
-        if not length.isdecimal() or (total := done + int(length)) > LIMIT:
-            raise OSError(f"a length of {length[:40]!r} bytes, more than {LIMIT / 1e6:.0f} MB or no number")
-        try:
-            while block := response.read(1 << 20):
-                done += file.write(block)
-                sys.stderr.write(f"\r{url}: {done / 1e6:.1f} of {total / 1e6:.1f} MB")
-                if done > LIMIT:
-                    raise OSError(f"more than {LIMIT / 1e6:.0f} MB came")
-        finally:
-            sys.stderr.write("\n")  # an error message starts its own line
-    return done, total
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
-def picture(samples, window=None, columns=None):
-    """Finished samples as uint8 (H, W) or (H, W, 3): a grid of uint8 images (N, H, W, C), or a histogram of points.
-
-    window: that of the histogram, `extent` of the training points, so that pictures of one run compare.
-    """
-    return image_grid(samples, columns) if samples.dtype == np.uint8 else histogram(samples, limit=window)
+def picture(array, facts, columns=None):
+    """Finished samples as uint8 (H, W) or (H, W, 3): a grid of images, of fields the first three channels between the
+    window's ends, of points a histogram in the window, of numbers bars."""
+    if facts["kind"] == "points":
+        return histogram(array, limit=facts["window"])
+    if facts["kind"] == "field":
+        low, high = facts["window"]
+        array = np.nan_to_num((array[..., :3] - low) / ((high - low) or 1)).clip(0, 1)
+        array = (255 * array[..., [0, 1, 0] if array.shape[3] == 2 else slice(3)]).round().astype(np.uint8)
+    return image_grid(array, columns)
 
 
 def write_png(path, array):
@@ -811,31 +385,41 @@ def write_png(path, array):
 
 def png(array):
     """uint8 (H, W) or (H, W, 3) -> the bytes of a PNG."""
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
-        raise ValueError(f"a picture is uint8 (H, W) or (H, W, 3), got {array.dtype} {array.shape}")
+    return apng([array])
 
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">2I5B", array.shape[1], array.shape[0], 8, 2 if array.ndim == 3 else 0, 0, 0, 0)
-    rows = b"".join(b"\0" + row.tobytes() for row in array)  # filter byte 0 (none) before every row
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+def apng(frames, milliseconds=100):
+    """uint8 pictures of one shape, (H, W) or (H, W, 3) -> the bytes of an animated PNG that repeats for ever and holds
+    its last frame for two seconds; of one picture the bytes of a plain PNG."""
+    (h, w, *colour), n = frames[0].shape, len(frames)
+    if colour not in ([], [3]) or any(f.dtype != np.uint8 or f.shape != frames[0].shape for f in frames):
+        raise ValueError(f"a picture is uint8 (H, W) or (H, W, 3), got {frames[0].dtype} {frames[0].shape}")
+
+    def chunk(kind, form="", *numbers, body=b""):
+        body = kind + struct.pack(">" + form, *numbers) + body
+        return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+    out = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", "2I5B", w, h, 8, 2 if colour else 0, 0, 0, 0)]
+    out += [chunk(b"acTL", "2I", n, 0)] if n > 1 else []
+    for i, array in enumerate(frames):
+        rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in array), 9)  # filter 0 (none) before every row
+        if n > 1:  # chunks are numbered: fcTL 0, IDAT, fcTL 1, fdAT 2, fcTL 3, fdAT 4, ...
+            delay = milliseconds if i < n - 1 else 2000
+            out.append(chunk(b"fcTL", "5I2H2B", max(0, 2 * i - 1), w, h, 0, 0, delay, 1000, 0, 0))
+        out.append(chunk(b"fdAT", "I", 2 * i, body=rows) if i else chunk(b"IDAT", body=rows))
+    return b"".join([*out, chunk(b"IEND")])
 
 
 def image_grid(images, columns=None, border=1, scale=None):
     """uint8 images (N, H, W, C) side by side -> (H', W') or (H', W', 3), grey lines of `border` image pixels between.
-
-    scale: whole enlargement factor; by default small images grow to about 64 pixels (8x8: 8 times, 32x32: twice).
-    """
+    scale: whole enlargement factor; by default small images grow to about 64 pixels (8x8: 8 times, 32x32: twice)."""
     n, h, w, c = images.shape
-    scale = scale or max(1, 64 // max(h, w))
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    cells = np.full((rows * columns, h + border, w + border, c), 128, np.uint8)
+    scale, columns = scale or max(1, 64 // max(h, w)), columns or math.ceil(math.sqrt(n))
+    rows, H, W = math.ceil(n / columns), h + border, w + border
+    cells = np.full((rows * columns, H, W, c), 128, np.uint8)
     cells[:n, :h, :w] = images
-    grid = cells.reshape(rows, columns, h + border, w + border, c).swapaxes(1, 2)
-    grid = grid.reshape(rows * (h + border), columns * (w + border), c)
-    grid = grid[: len(grid) - border, : grid.shape[1] - border].repeat(scale, 0).repeat(scale, 1)
+    grid = cells.reshape(rows, columns, H, W, c).swapaxes(1, 2).reshape(rows * H, columns * W, c)
+    grid = grid[: rows * H - border, : columns * W - border].repeat(scale, 0).repeat(scale, 1)
     return grid[..., 0] if c == 1 else grid
 
 
@@ -850,10 +434,7 @@ def extent(points):
 
 def histogram(points, size=480, limit=None):
     """Density of points (N, D) as uint8 (size, size, 3), y upwards; only the first two axes count. Of numbers (N, 1) a
-    bar chart.
-
-    limit: [(x0, x1), (y0, y1)], or a number for the square [-limit, limit]^2; by default the extent of the points.
-    """
+    bar chart. limit: [(x0, x1), (y0, y1)], or a number for [-limit, limit]^2; by default the extent of the points."""
     limit = [(-limit, limit)] * 2 if isinstance(limit, (int, float)) else limit or extent(points)
     points, bins = points[np.isfinite(points).all(1)], size // 2
     if points.shape[1] == 1:
@@ -864,6 +445,6 @@ def histogram(points, size=480, limit=None):
         count = np.flip(np.histogram2d(points[:, 0], points[:, 1], bins, limit[:2])[0].T, 0)
         dense = np.quantile(count[count > 0], 0.99) if count.any() else 1
         level = np.sqrt(np.minimum(count / dense, 1))  # the square root shows thin structure beside dense
-    level = level.repeat(2, 0).repeat(2, 1)
     ramp = np.array([(255, 255, 255), (130, 180, 220), (40, 80, 160), (10, 10, 50)])
-    return np.stack([np.interp(level, (0, 1 / 3, 2 / 3, 1), ramp[:, i]) for i in range(3)], -1).round().astype(np.uint8)
+    colour = np.stack([np.interp(level, (0, 1 / 3, 2 / 3, 1), ramp[:, i]) for i in range(3)], -1)
+    return colour.round().astype(np.uint8).repeat(2, 0).repeat(2, 1)

@@ -69,6 +69,8 @@ class UNet(nn.Module):
         self, c_in, c_out, width=64, mult=(1, 2), blocks=2, attention=(), dropout=0.0, T=1.0, t_data=1.0, classes=0
     ):
         super().__init__()
+        if not mult or not set(attention) <= set(range(len(mult))):
+            raise ValueError(f"attention names levels of mult, from 0; got {tuple(attention)} for mult {tuple(mult)}")
         self.factor = 2 ** (len(mult) - 1)
         self.time = TimeEmbedding(4 * width, T, t_data, classes)
         self.first = nn.Conv2d(c_in, width, 3, padding=1)

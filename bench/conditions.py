@@ -1,163 +1,179 @@
-"""Conditional generation against the exact conditional law, for the rules of sample.py, as a Markdown table.
+"""The rest of pictures of which a part is known, by the rules of extras/conditions.py and by DPS, as a Markdown table.
 
-    python bench/conditions.py
-    python bench/conditions.py --ckpt runs/agm-digits/ckpt.pt --strip strip.png
+    python bench/conditions.py                                       Gaussian data, whose law given a part is known
+    python bench/conditions.py --data digits --out nets/digits       a net trained there, or the one that is there
+    python bench/conditions.py --data FOLDER --out nets/icons --strip icons.png --train "--size 16 --steps 1400"
 
-Data of 8 numbers as 1x1x8 images, of which 4 are known; the denoiser is exact, so all error is the rule's and the
-sampler's. `gauss`: correlation .9^|i - j|. `mixture`: two such Gaussians at -0.5 and 0.5. For the 4 unknown numbers:
-mean, the error of the conditional mean in conditional standard deviations (root mean square), and cov, the relative
-error of the conditional covariance (Frobenius norm), over --n samples of each of --known observations.
+Known is the left half, or the means of 2x2 blocks; the sampler is `ode`. Gaussian: 16 numbers as a 4x4 picture of
+correlation .9^distance, an exact denoiser, --n samples given each of five draws: `mean` is the error of the conditional
+mean in conditional standard deviations (root mean square), `std` the standard deviation over the true one. Else, over
+--n held-out pictures: `rms` from the original, of what is not known; `nearest`, the mean distance to the nearest
+training picture (the original's is in the first row); `class`, the share whose nearest has the original's class.
 
-With --ckpt, the left half of --digits held-out digits is known, and that network completes them in 20 calls (the middle
-one of --nfe). label: the share whose nearest training digit has the original's class; original, nearest: mean distance
-to the original, and to the nearest training digit. --strip draws, for four of them, the original, what is known, and
-six completions by the paper's rule and by covariance (AGM).
+DPS (Chung et al., ICLR 2023), the rule that everybody knows, as a prediction: x_hat = D - zeta/2 d|known - D|^2/dy over
+what is known. Its own step, zeta / |known - D| added to each of 1,000 small steps, has no meaning in 20; from about
+zeta 3 on it diverges.
 """
 
 import argparse
-import math
 import sys
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+import peers
+
+import agm_ref
 import data
-import sample
-from train import METHODS, run
-
-S = 0.5  # standard deviation of a Gaussian
-D = 8
-COV = S**2 * 0.9 ** (torch.arange(D)[:, None] - torch.arange(D)).abs().double()
-DATA = {"gauss": torch.zeros(1, D).double(), "mixture": torch.tensor([[-0.5], [0.5]]).double().expand(2, D)}  # centres
+import hold_ref
+import train
+from extras import conditions
 
 
-def weights(r, cov):
-    """(N, k): the share of each Gaussian, given the distances r (k, N, d) from its centre, all of covariance cov."""
-    return torch.softmax(-(torch.linalg.solve(cov, r.mT).mT * r).sum(-1).mT / 2, 1)
+def dps(method, process, net, see, known, zeta):
+    def predict(m, t):
+        w, snr = method.to_z(process, t)
+        with torch.enable_grad():
+            z = method.mix(w, m).requires_grad_()
+            D = method.denoise_y(process, net, z, snr.expand(len(m)))
+            (slope,) = torch.autograd.grad((known - see(D)).square().sum() / 2, z)
+        return (D.detach() - zeta * float(snr.sqrt()) * slope).clamp(-process.bound, process.bound)
+
+    return predict
 
 
-def exact_net(centres, sigma_data, cov=COV):
-    """The network whose denoiser is the posterior mean: E[x | y] is a mean over the Gaussians, of x = c + K (y - c)."""
-
-    def net(y, t, label=None):
-        root = float(1 / t[0] - 1)  # 1 / sigma
-        c_in = 1 / math.sqrt(1 + sigma_data**2 * root**2)
-        u = y.flatten(1).double() / c_in  # y / sigma
-        noisy = root**2 * cov + torch.eye(len(cov))
-        r = u - root * centres[:, None]  # (k, N, d)
-        means = centres[:, None] + root * torch.linalg.solve(noisy, r.mT).mT @ cov
-        x = (weights(r, noisy).mT[..., None] * means).sum(0)
-        return ((x - sigma_data**2 * root * c_in**2 * u) / (sigma_data * c_in)).reshape(y.shape).to(y)
-
-    return net
+def paper(method, process, net, see, known):
+    return conditions.by_redrawing(method, process, partial(method.denoise, process, net), see, known)
 
 
-def exact_law(centres, known, mask):
-    """Mean and covariance of the unknown numbers given the known ones."""
-    a, b = mask.bool(), ~mask.bool()
-    K = COV[b][:, a] @ torch.linalg.inv(COV[a][:, a])
-    r = known - centres[:, a]  # (k, 4)
-    w = weights(r[:, None], COV[a][:, a])[0]
-    means = centres[:, b] + r @ K.mT
-    mean = w @ means
-    return mean, COV[b][:, b] - K @ COV[a][:, b] + (w[:, None] * (means - mean)).mT @ (means - mean)
+def covariance(passes, randn=None):
+    return partial(conditions.by_covariance, passes=passes, randn=randn)
 
 
-def errors(method, process, centres, mask, known, rule, nfe, n, generator):
-    see, fill = sample.observation(mask[None])
-    target = torch.zeros(D).double().masked_scatter(mask.bool(), known)[None, None, None].expand(n, 1, 1, D)
-    condition = rule(method, see, fill, target)
-    m0 = process.prior((n, 1, 1, D), generator).double()
-    sampler = next(iter(method.SAMPLERS.values()))
-    x = sampler(process, exact_net(centres, process.sigma_data), m0, nfe, data_mean=None, condition=condition)
-    x = x.flatten(1)[:, ~mask.bool()]
-    mean, cov = exact_law(centres, known, mask)
-    off = (x.mean(0) - mean) / cov.diagonal().sqrt()
-    return off.square().mean().sqrt(), (torch.cov(x.mT) - cov).norm() / cov.norm()
+RULES = {"the paper's": paper, "covariance, 2 passes": covariance(2), "gibbs, 1 pass": covariance(1, torch.randn_like)}
+RULES |= {"gibbs, 2 passes": covariance(2, torch.randn_like), "gibbs, 3 passes": covariance(3, torch.randn_like)}
+RULES |= {f"DPS, zeta {zeta:g}": partial(dps, zeta=zeta) for zeta in (1, 2)}
 
 
-def redrawing(method, see, fill, known):
-    return sample.by_redrawing(method, see, fill, known, torch.randn_like)
+UNKNOWN = {"left half": 1 / 2, "2x2 means": 3 / 4}  # share of the numbers
 
 
-def covariance(steps):
-    return lambda *args: sample.by_covariance(*args, steps=steps)
+def seen(kind, shape):
+    H, W = shape[-2:]
+    return conditions.observation((torch.arange(W) < W // 2).expand(H, W) if kind == "left half" else None, shrink=2)
 
 
-RULES = {"paper's": redrawing, "covariance, 2 steps": covariance(2), "covariance, 3 steps": covariance(3)}
+def complete(rule, method, process, net, see, x, nfe):
+    """The completions of see(x), from the same noise for every rule."""
+    torch.manual_seed(0)
+    m = process.prior(x.shape).to(x)
+    return method.ode(process, rule(method, process, net, see, see(x)), m, nfe)
 
 
-def digits(path, count, strip, nfe):
-    """The table of the trained network, and the picture."""
-    known = (torch.arange(8) < 4).float().expand(8, 8)
-    dataset = data.load("digits")
-    train_set = dataset.train.flatten(1) / 127.5 - 1
-    originals, classes = dataset.test[:count] / 127.5 - 1, dataset.test_labels[:count]
-
-    def complete(module, process, net, rule, x, **options):
-        see, fill = sample.observation(known)
-        condition = rule(module, see, fill, see(x))
-        m0 = process.prior(x.shape, torch.Generator().manual_seed(0))
-        return module.ode(process, net, m0, nfe, data_mean=None, condition=condition, **options)
-
-    def scores(x):
-        distance, index = torch.cdist(x.flatten(1), train_set).min(1)
-        same = (dataset.train_labels[index] == classes).double().mean()
-        return f"{same:.3f} | {(x - originals).flatten(1).norm(dim=1).mean():.2f} | {distance.mean():.2f}"
-
-    print("| process | rule | label | original | nearest |\n|---|---|---|---|---|")
-    print(f"| the originals | | {scores(originals)} |")
-    models = (("agm", None), ("hold", 1), ("hold", 2), ("hold", 3))
-    restored = {model: sample.restore(path, "cpu", False, *model)[1:] for model in models}
-    for (method, order), model in restored.items():
-        for title, rule in RULES.items():
-            for eta in (0.0, 1.0):
-                torch.manual_seed(0)
-                row = scores(complete(*model, rule, originals, eta=eta))
-                print(f"| {method.upper()}{order or ''} | {title}{', eta 1' if eta else ''} | {row} |", flush=True)
-    if strip:
-        x = originals[:4].repeat_interleave(6, 0)
-        rules = [complete(*restored["agm", None], rule, x).unflatten(0, (4, 6)) for rule in list(RULES.values())[:2]]
-        gap = torch.zeros_like(originals[:4, None])
-        cells = torch.cat([originals[:4, None], (originals * known)[:4, None], gap, rules[0], gap, rules[1]], 1)
-        pixels = data.Dataset.to_pixels(cells.flatten(0, 1))
-        data.write_png(strip, data.image_grid(pixels, columns=cells.shape[1], scale=5))
+def table(models, rules, names, nfes, measure):
+    """measure(kind, rule, model, nfe) -> numbers, one for each name."""
+    head = [f"{name} at {nfe}" for nfe in nfes for name in names]
+    print(f"| known | process | rule | {' | '.join(head)} |\n" + "|---" * (3 + len(head)) + "|")
+    for kind, (title, model), rule in product(UNKNOWN, models.items(), rules):
+        numbers = [f"{v:.3f}" for nfe in nfes for v in measure(kind, RULES[rule], model, nfe)]
+        print(f"| {kind} | {title} | {rule} | {' | '.join(numbers)} |", flush=True)
 
 
-TOY = "--n 20 --known 1 --nfe 2 --digits 5".split()
+# ---------------------------------------------------------------------------------------------------------------------
+# Gaussian data
+
+AXIS = torch.arange(4)
+ROW, COLUMN = torch.cartesian_prod(AXIS, AXIS).double().T
+COV = 0.25 * 0.9 ** torch.hypot(ROW[:, None] - ROW, COLUMN[:, None] - COLUMN)
+
+
+def exact_net(y, t, label=None):
+    """The network whose denoiser is exact for N(0, COV) at sigma_data 1/2."""
+    root = float(1 / t[0] - 1)  # 1 / sigma
+    c_in = (1 + 0.25 * root**2) ** -0.5
+    eye = torch.eye(16, dtype=COV.dtype)
+    gain = torch.linalg.solve(root**2 * COV + eye, root * COV) - 0.25 * root * c_in**2 * eye
+    return (y.flatten(1) / c_in @ gain / (0.5 * c_in)).reshape(y.shape)
+
+
+def errors(n, kind, rule, model, nfe):
+    see = seen(kind, (4, 4))
+    values, vectors = torch.linalg.eigh(see(torch.eye(16, dtype=COV.dtype).reshape(16, 1, 4, 4)).reshape(16, 16))
+    U, found = vectors[:, values > 0.5].T, []  # see = U^T U
+    K = COV @ U.T @ torch.linalg.inv(U @ COV @ U.T)
+    cov, generator = COV - K @ U @ COV, torch.Generator().manual_seed(0)
+    for draw in torch.randn(5, 16, dtype=COV.dtype, generator=generator) @ torch.linalg.cholesky(COV).T:
+        x = complete(rule, *model, see, draw.reshape(1, 1, 4, 4).expand(n, 1, 4, 4), nfe).flatten(1)
+        spread = torch.cov(x.T).diagonal().sum() / cov.diagonal().sum()
+        found.append([(x.mean(0) - K @ U @ draw).square().sum() / cov.diagonal().sum(), spread])
+    return torch.tensor(found).mean(0).sqrt().tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A trained network
+
+
+def restored(args):
+    """The dataset and {title: (method, process, net)} of the run in --out, which is trained if it is not there."""
+    if not (args.out / "ckpt.pt").exists():
+        train.main(["--data", args.data, "--out", str(args.out), *args.train.split()])
+    config, models = train.load_checkpoint(args.out)["config"], {}
+    for title, method in (("agm", agm_ref), ("hold3", hold_ref)):
+        process, predict, _ = peers.restore(args.out / "ckpt.pt", title)
+        models[title] = method, process, predict.args[1].requires_grad_(False)
+    return data.load(config.data, config.data_dir or None, config.flip, config.size), models
+
+
+def compare(args):
+    dataset, models = restored(args)
+    originals, classes = dataset.held_out(slice(args.n))
+    everything = (dataset.train[:].float() / 127.5 - 1).flatten(1)
+
+    def scores(x, unknown=1.0):
+        distance, index = torch.cdist(x.flatten(1), everything).min(1)
+        right = [] if classes is None else [float((dataset.train_labels[index] == classes).double().mean())]
+        return [float((x - originals).square().mean() / unknown) ** 0.5, float(distance.mean()), *right]
+
+    def measure(kind, rule, model, nfe):
+        see = seen(kind, originals.shape)
+        x = torch.cat([complete(rule, *model, see, part, nfe) for part in originals.split(64)])
+        return scores(x, UNKNOWN[kind])
+
+    print(f"{len(originals)} held-out pictures of {dataset.name}: {scores(originals)[1:]}")
+    names = ["rms", "nearest", "class"][: 2 + (classes is not None)]
+    table(models, args.rules, names, args.nfe, measure)
+    if args.strip:
+        cells = [originals[:6]]
+        for kind in UNKNOWN:
+            see = seen(kind, originals.shape)
+            cells += [see(originals[:6])] + [
+                complete(RULES[r], *models["agm"], see, originals[:6], 20) for r in args.rules
+            ]
+        array = data.finish(torch.stack(cells, 1).flatten(0, 1), dataset.summary())
+        data.write_png(args.strip, data.image_grid(array, columns=len(cells)))
+
+
+TOY = "--n 20 --nfe 2"
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--n", type=int, default=10_000, help="samples of each observation")
-    p.add_argument("--known", type=int, default=5, help="observations")
-    p.add_argument("--nfe", type=int, nargs="+", default=[10, 20, 100], help="network calls")
-    p.add_argument("--ckpt", help="a denoiser trained on digits, to measure in place of the exact one")
-    p.add_argument("--digits", type=int, default=200, help="with --ckpt: held-out digits")
-    p.add_argument("--strip", help="with --ckpt: a PNG to write")
+    p.add_argument("--data", help="as in train.py; default: Gaussian data")
+    p.add_argument("--out", type=Path, help="folder of the run")
+    p.add_argument("--train", default="", help="more options of train.py")
+    p.add_argument("--n", type=int, default=2000, help="samples of each observation, or pictures")
+    p.add_argument("--nfe", type=int, nargs="+", default=[20, 50], help="network calls")
+    p.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES, help="default: all")
+    p.add_argument("--strip", help="a PNG: six pictures, what is known, and AGM's completions by each rule")
     args = p.parse_args(argv)
-    if args.ckpt:
-        return digits(Path(args.ckpt), args.digits, args.strip, args.nfe[len(args.nfe) // 2])
-    head = "".join(f" mean {k} | cov {k} |" for k in args.nfe)
-    print(f"| data | process | rule |{head}\n|---|---|---|{'---|' * 2 * len(args.nfe)}")
-    mask = (torch.arange(D) % 2).double()
-    for name, centres in DATA.items():
-        generator = torch.Generator().manual_seed(0)
-        draws = centres[torch.randint(len(centres), (args.known,), generator=generator)]
-        draws = draws + torch.randn(args.known, D, generator=generator).double() @ torch.linalg.cholesky(COV).mT
-        for method, order in (("agm", None), ("hold", 1), ("hold", 2), ("hold", 3)):
-            module, _ = METHODS[method]
-            process = module.HOLD(order=order, sigma_data=S) if order else module.AGM(sigma_data=S)
-            for title, rule in RULES.items():
-                torch.manual_seed(0)
-                cells = []
-                for nfe in args.nfe:
-                    case = module, process, centres, mask
-                    found = [errors(*case, x[mask.bool()], rule, nfe, args.n, generator) for x in draws]
-                    cells += [f" {v:.3f} |" for v in torch.tensor(found).square().mean(0).sqrt()]
-                print(f"| {name} | {method.upper()}{order or ''} | {title} |{''.join(cells)}", flush=True)
+    if args.data:
+        return train.run(lambda: compare(args))
+    models = {"agm": (agm_ref, agm_ref.AGM(), exact_net), "hold3": (hold_ref, hold_ref.HOLD(), exact_net)}
+    table(models, args.rules, ["mean", "std"], args.nfe, partial(errors, args.n))
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -1,24 +1,20 @@
 """Fréchet and nearest-neighbour distances on the 64 raw pixels of the embedded digits, as a Markdown table.
 
-    python bench/digits.py --ckpt runs/agm-digits/ckpt.pt --nfe 5 10 20
     python bench/digits.py --ckpt runs/agm-digits/ckpt.pt --only "HOLD3 denoiser, ode" "EDM, UniPC" --nfe 5 10
-    python bench/digits.py --ckpt runs/agm-digits/ckpt.pt --guidance 0 1 1.5 3      of a run with --classes
+    python bench/digits.py --ckpt runs/classes/ckpt.pt --guidance 0 1 1.5 3              of a run with --classes
 
-Contenders have the names of peers.py; without --only they are the samplers of the checkpoint's own process. Pixels lie
-in [-1, 1]. `all`, `train`, `held-out` are the Fréchet distances of --n samples to all 1,797 digits, to the four fifths
-that were trained on and to the fifth that was held out; `nearest` is the mean distance from a sample to its nearest
-training digit; `flow` is the root mean square distance, per pixel of the first 500 samples, to where the network's own
-flow takes the same noise in 400 calls. The first rows are the data's own: as many digits as samples (half of all at
-most) against the others, train against held-out, and the nearest training digit of a held-out one. A sampler that
-memorised would come out nearer than that. With --guidance, as many samples of each class are drawn by the run's own
-default sampler, and `right` is the share of them whose nearest digit has the class that was asked for.
+Contenders have the names of peers.py. Pixels lie in [-1, 1]. `Fréchet` is the distance of --n samples to all 1,797
+digits; `nearest` the mean distance from a sample to its nearest training digit; `flow` the root mean square distance,
+per pixel of the first 500 samples, to where the network's own flow takes the same noise in --flow-nfe calls. The first
+rows are the data's own: as many digits as samples (half of all at most) against the others, and the nearest training
+digit of a held-out one: a sampler that memorised would come out nearer than that. With --guidance, as many samples of
+each class are drawn by AGM's `ode`, and `right` is the share of them whose nearest digit has the class asked for.
 """
 
 import argparse
-import itertools
 import sys
-import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import peers
 from fid import frechet, moments
 
+import agm_ref
 import data
 import sample
 import train
-from train import run
 
 
 def nearest(a, b):
@@ -38,70 +34,72 @@ def nearest(a, b):
     return torch.cdist(a, b).min(1).values.mean().item()
 
 
+def row(*cells):
+    print("|", *(f"{cell:.3f} |" if isinstance(cell, float) else f"{cell} |" for cell in cells), flush=True)
+
+
+@torch.no_grad()
 def by_class(path, args, measure, everything, classes):
     """The rows of --guidance; NFE counts all calls."""
-    config, method, process, net = sample.restore(path, "cpu")
-    for guidance, nfe in itertools.product(args.guidance, args.nfe):
-        n, label, means = sample.labels(config, args.n, "all", guidance)
-        guided, sampler = sample.guide(net, guidance), next(iter(method.SAMPLERS.values()))
-        x = train.draw(sampler, process, guided, config["shape"], n, nfe, label=label, data_mean=means)
-        right = (classes[torch.cdist(x.flatten(1), everything).argmin(1)] == label).double().mean()
-        cells = [f"{v:.3f}" for v in (right, *measure(x))]
-        print("|", *(f"{cell} |" for cell in (guidance, nfe if guidance in (0, 1) else 2 * nfe, *cells)), flush=True)
+    process, predict, facts = peers.restore(path, "agm")
+    label = torch.arange(args.n) % facts["labels"]
+    for strength, nfe in product(args.guidance, args.nfe):
+        net, mean = sample.guide(predict.args[1], strength), facts["mean"]
+        mean = (mean + strength * (facts["class_means"][label] - mean)).clamp(-1, 1)
+        m = process.prior((args.n, *facts["shape"]), torch.Generator().manual_seed(0))
+        x = agm_ref.ode(process, partial(agm_ref.denoise, process, net, label=label), m, nfe, data_mean=mean)
+        right = float((classes[torch.cdist(x.flatten(1), everything).argmin(1)] == label).double().mean())
+        row(f"{strength:g}", nfe if strength in (0, 1) else 2 * nfe, right, *measure(x))
 
 
-TOY = ["--nfe", "2", "--n", "70", "--flow-nfe", "4", "--only", "ode", "UniPC-2 from"]  # what the tests append
-
-
-def main(argv=None):
+def score(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints trained on digits")
-    p.add_argument("--only", nargs="+", help="contenders whose name contains one of these; default: all of its own")
+    p.add_argument("--ckpt", type=Path, required=True, help="checkpoint trained on digits")
+    p.add_argument("--only", nargs="+", default=[""], help="contenders whose name contains one of these")
     p.add_argument("--guidance", type=float, nargs="+", help="strengths, for runs with --classes")
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20], help="network calls")
     p.add_argument("--n", type=int, default=1797, help="samples")
     p.add_argument("--flow-nfe", type=int, default=400, help="network calls of the converged flow")
     args = p.parse_args(argv)
-    peers.register()
-
+    args.ckpt = args.ckpt / "ckpt.pt" if args.ckpt.is_dir() else args.ckpt
     digits = data.load("digits")
-    train_set, test = ((x.flatten(1).float() / 127.5 - 1) for x in (digits.train, digits.test))
+    train_set, test = ((x / 127.5 - 1).flatten(1) for x in (digits.train, digits.test))
     everything = torch.cat([train_set, test])
-    known = [moments([part]) for part in (everything, train_set, test)]
+    known = moments([everything])
 
     def measure(x):
-        x = x.clamp(-1, 1).flatten(1)
-        found = moments([x])
-        return [*(frechet(found, part) for part in known), nearest(x, train_set)]
+        x = x.flatten(1)
+        return [frechet(moments([x]), known), nearest(x, train_set)]
 
     if args.guidance:
-        print("| guidance | NFE | right | all | train | held-out | nearest |\n" + "|---" * 7 + "|")
-        labels = torch.cat([digits.train_labels, digits.test_labels])
-        return [by_class(path, args, measure, everything, labels) for path in args.ckpt]
+        print("| guidance | NFE | right | Fréchet | nearest |\n" + "|---" * 5 + "|")
+        classes = torch.cat([digits.train_labels, digits.test_labels])
+        return by_class(args.ckpt, args, measure, everything, classes)
 
     floor, k = [], min(args.n, len(everything) // 2)
     for seed in range(20):
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
         floor.append(frechet(moments([everything[order[:k]]]), moments([everything[order[k:]]])))
     floor = torch.tensor(floor)
-    sampling = partial(peers.evaluate, score=lambda row: row[0], n_flow=500, flow_nfe=args.flow_nfe, batch=250)
-    print("| run | contender | NFE | all | train | held-out | nearest | flow | seconds |\n" + "|---" * 9 + "|")
-    print(f"| data: {k} against the others | | | {floor.mean():.3f} ± {floor.std():.3f} | | | | | |")
-    row = f"{frechet(*known[1:]):.3f} | {nearest(test, train_set):.3f}"
-    print(f"| data: train against held-out | | | | | {row} | | |")
-    for path in map(Path, args.ckpt):
-        config = train.load_checkpoint(path)["config"]
-        method, order = config["method"], config["order"] if config["method"] == "hold" else ""
-        kind = "denoiser" if config["param"] == "denoiser" else f"{method}{order}"
-        own = f"{method.upper()}{order} {'denoiser' if kind == 'denoiser' else 'paper'}, "
-        names = args.only or [own + name for name in train.METHODS[method][0].SAMPLERS]
-        for contender in peers.contenders(kind, names):
-            for nfe in args.nfe:
-                start = time.time()
-                numbers = sampling(contender, [path], [nfe], args.n, measure, peers.Results())
-                cells = [*(f"{v:.3f}" if v == v else "" for v in numbers[nfe][1][0]), f"{time.time() - start:.0f}"]
-                print("|", *(f"{cell} |" for cell in (path.parent.name, contender.title, nfe, *cells)), flush=True)
+    print("| contender | NFE | Fréchet | nearest | flow |\n" + "|---" * 5 + "|")
+    row(f"{k} digits against the others", "", f"{floor.mean():.3f} ± {floor.std():.3f}", "", "")
+    row("held-out digits", "", "", nearest(test, train_set), "")
+    config, options = train.load_checkpoint(args.ckpt)["config"], dict(n_flow=500, flow_nfe=args.flow_nfe, batch=250)
+    own = config.method + (str(config.order) if config.method == "hold" else "")
+    for contender in peers.contenders("denoiser" if config.target == "data" else own, args.only):
+        found = peers.evaluate(
+            contender, [args.ckpt], args.nfe, args.n, measure, peers.Results(), lambda v: v[0], **options
+        )
+        for nfe, (_, numbers) in found.items():
+            row(contender.title, nfe, *(v if v == v else "" for v in numbers[0]))
+
+
+TOY = "--nfe 2 --n 70 --flow-nfe 4 --only ode SA-"
+
+
+def main(argv=None):
+    train.run(lambda: score(argv))
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

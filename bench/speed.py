@@ -1,11 +1,11 @@
 """What training and sampling cost beside the network itself, as Markdown tables of ratios.
 
-    python bench/speed.py                               points and 8x8 digits; some ten minutes on a core
-    python bench/speed.py --sizes 28 32 --batch 4       also larger images: random ones, which cost the same
+    python bench/speed.py
+    python bench/speed.py --data images.npy --orders 3     other data
 
 `training`: a step of train.py, from its batch to the moving average, over forward, backward and AdamW of the same
 network at a fixed input. `sampling`: a sampler of --nfe calls over as many bare calls. The two sides of a ratio take
-turns and each counts with its median, so a busy machine spoils them less. The networks are untrained.
+turns and each counts with its median, so a busy machine spoils them less. The networks are untrained presets.
 """
 
 import argparse
@@ -14,19 +14,16 @@ import io
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest import mock
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import agm_ref
 import data
-import hold_ref
 import train
-from sample import Noise
 
 
 def now():
@@ -42,52 +39,60 @@ def seconds(body, *args):
     return now() - start
 
 
-def build(method, order, name, *options):
-    """config, process, net and shape of train.py's preset for the data of this name, which may be a file."""
-    config, _ = train.configure(["--method", method, "--order", str(order), "--data", name, *options])
-    dataset = data.load(name)
-    config = {**config, "shape": list(dataset.shape), "std": dataset.std, "bound": dataset.bound}
-    return config, *train.build(config)[1:], tuple(dataset.shape)
+def build(model, name, *options):
+    """config, module, process, net and shape, for a model such as agm or hold3, of the preset for the data `name`."""
+    method, order = ("hold", model[-1]) if model.startswith("hold") else (model, "1")
+    config, _ = train.configure(["--method", method, "--order", order, "--data", str(name), *options])
+    facts = data.load(config.data).summary()
+    return config, *train.build(config, facts), tuple(facts["shape"])
 
 
-def training(method, order, param, repeats, name, options, warm=3):
+def training(model, target, repeats, name, *options, warm=3):
     """The ratio of train.py's own step to the bare one, which is slipped in where train.py asks for a batch."""
     endless = "--steps 1000000 --log-every 1000000 --save-every 1000000".split()
-    config, process, net, (C, *size) = build(method, order, name, "--param", param, *endless, *options)
-    m = torch.randn(config["batch"], C if param == "denoiser" else process.n * C, *size)
-    adam, take, ours, bare, start = torch.optim.AdamW(net.parameters(), fused=True), data.Dataset.batch, [], [], None
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--target", target, *endless, "--out", f"{folder}/run", *options]
+        config, _, process, net, (C, *size) = build(model, name, *options)
+        m = torch.randn(config.batch, C if target == "data" else process.n * C, *size)
+        adam, take, start = torch.optim.AdamW(net.parameters(), fused=True), data.Dataset.batch, None
+        ours, bare = [], []
 
-    def bare_step():
-        adam.zero_grad()
-        net(m, torch.full((len(m),), 0.5)).square().mean().backward()
-        adam.step()
+        def bare_step():
+            adam.zero_grad()
+            net(m, torch.full((len(m),), 0.5)).square().mean().backward()
+            adam.step()
 
-    def batch(dataset, n):
-        nonlocal start
-        if start:
-            ours.append(time.perf_counter() - start)
-        if len(ours) == repeats + warm:
-            raise StopIteration
-        bare.append(seconds(bare_step))
-        start = time.perf_counter()
-        return take(dataset, n)
+        def batch(dataset, n):
+            nonlocal start
+            if start:
+                ours.append(time.perf_counter() - start)
+            if len(ours) == repeats + warm:
+                raise StopIteration
+            bare.append(seconds(bare_step))
+            start = time.perf_counter()
+            return take(dataset, n)
 
-    quiet, hook = contextlib.redirect_stdout(io.StringIO()), mock.patch.object(data.Dataset, "batch", batch)
-    with tempfile.TemporaryDirectory() as folder, quiet, hook, contextlib.suppress(StopIteration):
-        train.train({**config, "out": str(Path(folder) / "run")})
+        hook, quiet = mock.patch.object(data.Dataset, "batch", batch), contextlib.redirect_stdout(io.StringIO())
+        with hook, quiet, contextlib.suppress(StopIteration):
+            train.train(config)
     return median(ours[warm:]) / median(bare[warm:])
 
 
 @torch.no_grad()
-def sampling(method, order, sampler, name, n, nfe, repeats, device="cpu"):
+def sampling(model, sampler, name, n, nfe, repeats, device="cpu"):
     """The ratio of drawing n samples with a denoiser to nfe calls of it."""
-    _, process, net, shape = build(method, order, name, "--param", "denoiser")
-    m0, m, t = (x.to(device) for x in (process.prior((n, *shape)), torch.randn(n, *shape), torch.full((n,), 0.5)))
+    _, module, process, net, shape = build(model, name)
+    start, m, t = (x.to(device) for x in (process.prior((n, *shape)), torch.randn(n, *shape), torch.full((n,), 0.5)))
     net, ours, bare = net.to(device).eval(), [], []
+    predict = partial(module.denoise, process, net)
     for _ in range(repeats + 1):  # the first warms up, and computes what later ones find
-        ours.append(seconds(sampler, process, net, m0, nfe))
+        ours.append(seconds(sampler, process, predict, start, nfe))
         bare.append(seconds(lambda: [net(m, t) for _ in range(nfe)]))
     return median(ours[1:]) / median(bare[1:])
+
+
+def samplers(model):
+    return train.METHODS[model.rstrip("123456")].SAMPLERS
 
 
 def table(first, columns, rows):
@@ -98,44 +103,30 @@ def table(first, columns, rows):
     print()
 
 
-TOY = "--repeats 1 --nfe 2 --orders 1 --prior 20 --sizes".split()
+def measure(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--data", nargs="+", default=["spiral", "digits"], help="of the training; default: spiral digits")
+    p.add_argument("--orders", type=int, nargs="*", default=[1, 2, 3, 4, 5, 6], help="of HOLD; default: 1 to 6")
+    p.add_argument("--repeats", type=int, default=5, help="of each of the two in a ratio; default: 5")
+    p.add_argument("--nfe", type=int, default=20, help="network calls of the samplers; default: 20")
+    args = p.parse_args(argv)
+    models = ["agm", *(f"hold{n}" for n in args.orders)]
+    runs = [(model, t) for model in models for t in (("data", "ode", "sde") if model == "agm" else ("data", "noise"))]
+    rows = ((" ".join(run), [training(*run, 2 * args.repeats, name) for name in args.data]) for run in runs)
+    table("training", args.data, rows)
+    cases = {"64 digits": ("digits", 64), "10,000 points": ("spiral", 10_000), "256 points": ("spiral", 256)}
+    for model in models:
+        found = samplers(model).items()
+        rows = ((k, [sampling(model, f, *case, args.nfe, args.repeats) for case in cases.values()]) for k, f in found)
+        table(f"sampling, {model}", cases, rows)
+
+
+TOY = "--repeats 1 --nfe 1 --data spiral --orders"
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--sizes", type=int, nargs="*", default=[], choices=[28, 32], help="also images of these sizes")
-    p.add_argument("--batch", help="of those images; default: that of their preset")
-    p.add_argument("--orders", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], help="of HOLD; default: 1 to 6")
-    p.add_argument("--repeats", type=int, default=15, help="of each of the two in a ratio; default: 15")
-    p.add_argument("--nfe", type=int, default=20, help="network calls of the samplers; default: 20")
-    p.add_argument("--prior", type=int, default=50_000, help="images of AGM's prior; default: 50,000")
-    args = p.parse_args(argv)
-    models = {"AGM": ("agm", 1), **{f"HOLD{n}": ("hold", n) for n in args.orders}}
-    with tempfile.TemporaryDirectory() as folder:
-        sets = {"512 points": ("spiral", []), "8x8": ("digits", [])}
-        batch = ["--batch", args.batch] if args.batch else []
-        for n in args.sizes:
-            sets[f"{n}x{n}"] = f"{folder}/{n}.npy", batch
-            np.save(f"{folder}/{n}", torch.randint(256, (512, n, n, 1 if n == 28 else 3), dtype=torch.uint8).numpy())
-        for param in ("denoiser", "paper"):
-            rows = ((k, [training(*v, param, args.repeats, *d) for d in sets.values()]) for k, v in models.items())
-            table(f"training, {param}", sets, rows)
-
-    cases = {"64 digits": ("digits", 64), "10,000 points": ("spiral", 10_000), "256 points": ("spiral", 256)}
-    for model, v in models.items():
-        found = train.METHODS[v[0]][0].SAMPLERS
-        rows = ((k, [sampling(*v, f, *c, args.nfe, args.repeats) for c in cases.values()]) for k, f in found.items())
-        table(f"sampling, {model}", cases, rows)
-
-    t, m0 = torch.rand(512, dtype=torch.float64), torch.randn(4, 12)
-    fresh = [hold_ref.HOLD(order=6, param="denoiser", T=6 + 1e-6 * i) for i in range(5)]  # nothing found in a cache
-    first = median(seconds(hold_ref.ode, P, lambda m, t, label: m, m0, 10) for P in fresh)
-    cholesky = median(seconds(fresh[0].cholesky, t) for _ in range(2 * args.repeats))
-    parts = [range(i, min(i + 256, args.prior)) for i in range(0, args.prior, 256)]
-    prior = seconds(lambda: [Noise(0, part).prior(agm_ref.AGM(), (1, 8, 8)) for part in parts])
-    names = "HOLD6, its first `ode`, 10 calls", "HOLD6, `cholesky` of 512 times", f"AGM, prior of {args.prior} digits"
-    table("milliseconds", [""], [(name, [1000 * s]) for name, s in zip(names, (first, cholesky, prior), strict=True)])
+    train.run(lambda: measure(argv))
 
 
 if __name__ == "__main__":
-    train.run(main)
+    main()

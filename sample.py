@@ -3,7 +3,6 @@
 python sample.py --method hold --order 3                 the same network, another process
 python sample.py --class all --guidance 1.5              rows of each class, of a run with --classes
 python sample.py --first 25000 --n 25000                 samples 25,000 to 49,999, on another day or machine
-python sample.py --film                                  what the sampler sees and says, as a film
 python sample.py --inpaint FILE --mask FILE              the rest of a picture; --shrink K; --stroke FILE for a sketch
 python sample.py --nll                                   bound on the likelihood of held-out data
 """
@@ -70,7 +69,7 @@ class Options:
 
 class Noise:
     """Unit noise with one generator a sample, so that sample i does not depend on the batch it is drawn in. (SAME: what
-    a network says of it does in the last bit, where fewer than 16 are drawn at once; so they are 16, if --batch is.)"""
+    a network says of it does in the last bit, where 16 does not divide how many are drawn at once; so it does.)"""
 
     def __init__(self, seed, numbers):
         self.generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in numbers]
@@ -161,8 +160,7 @@ def sample(args):
         return print_nll(args, config, facts, method, process, net, device)
     name, sampler, options = pick_sampler(method, args)
     classes, guidance = pick_classes(args, config, facts), 1.0 if args.guidance is None else args.guidance
-    of_points, of_all = facts["kind"] == "points", args.class_ == "all"
-    n = args.n or (10_000 if of_points else 8 * len(classes) if of_all else 64)
+    n = args.n or (10_000 if facts["kind"] == "points" else 8 * len(classes) if args.class_ == "all" else 64)
     start, note = given(args, config, facts, method, process)
     pngs = [Path(args.png_dir, f"{i:06d}.png") for i in range(args.first, args.first + n)] if args.png_dir else []
     if pngs and (facts["kind"] != "image" or any(path.exists() for path in pngs)):
@@ -183,7 +181,7 @@ def sample(args):
     try:
         for done in range(0, n, args.batch):
             few = min(n - done, args.batch)
-            numbers = torch.arange(args.first + done, args.first + done + max(few, min(16, args.batch)))  # see SAME
+            numbers = args.first + done + torch.arange(few if args.batch < 16 else -(-few // 16) * 16)  # see SAME
             randn, label = (
                 Noise(args.seed, numbers.tolist()),
                 None if classes is None else classes[numbers % len(classes)],
@@ -201,8 +199,6 @@ def sample(args):
                 raise UserError("samples are not finite, so nothing was written: try other --sampler, --rho or --t-end")
             arrays.append(data.finish(x.cpu(), facts))
             labels.append(label if label is None else label[:few])
-            for path, image in zip(pngs[done:], arrays[-1], strict=False):
-                data.write_png(path, image.repeat(3 // image.shape[2], 2))
             show_progress(done + few, n, began)
     except KeyboardInterrupt as e:
         status = 128 + e.args[0]
@@ -212,10 +208,12 @@ def sample(args):
         signal.signal(number, signal.SIG_IGN)
     array, seconds = np.concatenate(arrays), time.time() - began
     named = {} if classes is None else dict(labels=torch.cat(labels[: len(arrays)]).numpy(), names=facts["names"])
+    for path, image in zip(pngs, array, strict=False):
+        data.write_png(path, image.repeat(3 // image.shape[2], 2))
     data.write_files({out / "samples.npz": partial(np.savez_compressed, arr_0=array, **named)})
     wrote = [args.png_dir, out / "samples.npz"] if pngs else [out / "samples.npz"]
     try:
-        files = {out / "samples.png": data.png(picture_of(array, named, facts, of_all))}
+        files = {out / "samples.png": data.png(picture_of(array, named, facts, args.class_ == "all"))}
         data.write_files(files | ({out / "film.png": data.apng(frames, 200)} if frames else {}))
         wrote += [*files, *([out / "film.png"] if frames else [])]
     except (UserError, MemoryError, ValueError) as e:
@@ -227,7 +225,7 @@ def sample(args):
     if classes is not None:
         print("classes: " + ", ".join(f"{i} {facts['names'][i]}" for i in classes.tolist()))
     print(f"wrote {', '.join(map(str, wrote))}", flush=True)
-    if status:
+    if status and len(array) < n:
         rest = f"--first {args.first + len(array)} --n {n - len(array)}"
         print(f"stopped: {rest} with another --out draws the rest", file=sys.stderr)
         sys.exit(status)
@@ -280,7 +278,9 @@ def print_nll(args, config, facts, method, process, net, device):
 
     unused = "sampler rho t_end multistep class_ stroke inpaint held_out png_dir film amp compile".split()
     if asked := [key for key in unused if getattr(args, key) not in (None, False, "off")]:
-        raise UserError(f"--nll draws nothing, and wants all digits: leave out --{asked[0].rstrip('_')}")
+        raise UserError(
+            f"--nll draws nothing, and wants all digits: leave out --{asked[0].rstrip('_').replace('_', '-')}"
+        )
     folder = args.data_dir or (None if args.data else config.data_dir or None)
     dataset, began = data.load(args.data or config.data, folder, config.flip, config.size), time.time()
     torch.manual_seed(args.seed)

@@ -1,7 +1,6 @@
 """Trains AGM or HOLD and leaves a checkpoint, a log and pictures in a folder. With no options: AGM on the digits.
 
 python train.py                                     minutes on a CPU
-python train.py --method hold --target noise        the HOLD paper's own loss
 python train.py --data FOLDER --size 32             own pictures
 python train.py --resume                            resumes the newest run
 torchrun --standalone --nproc_per_node=4 train.py   on four GPUs
@@ -54,7 +53,7 @@ class Config:
     data_dir: str = option("", "where the files of a named data set are; default: the cache", may_change=True)
     size: int = option(0, "pixels a side that a folder or zip of pictures is brought to", 0, 1024)
     steps: int = option(1000, "updates", 1, 10**9, may_change=True)
-    minutes: float = option(0.0, "sets --steps after 20 updates, for a run of that length", 0, 1e6, may_change=True)
+    minutes: float = option(0.0, "sets --steps after 20 updates, for a run of that length", 0, 1e6)
     batch: int = option(128, "samples an update, of all processes together", 1, 10**6)
     accum: int = option(1, "parts of a batch, one after the other: less memory, same update", 1, 10**6, may_change=True)
     lr: float = option(1e-3, "peak learning rate of AdamW; cosine decay to 0", 1e-9, 1.0)
@@ -127,8 +126,8 @@ def configure(argv):
     return Config(**args), ckpt
 
 
-# Defaults by the largest side of an image, 0 for points. Above 12 pixels there are two lists. A CPU's: nets of about 1M
-# parameters, and as many updates as two cores do in about half an hour. A GPU's were not run.
+# Defaults by the largest side of an image, 0 for points. SMALL: a CPU's, about 1M parameters and half an hour above 12
+# pixels. LARGE: a GPU's, which were not run.
 SMALL = {
     0: dict(steps=6000, batch=512, width=128, blocks=20, save_every=2000),
     12: dict(steps=1400, batch=128, lr=3e-3, save_every=350),
@@ -166,8 +165,7 @@ def pick_device(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs and checkpoints: {config, data, net, ema, optimizer, step, held_out}; config is what was asked for, data what was
-# found. What a step draws depends on the seed, the step and the process alone, so no state of a generator is kept.
+# Runs and checkpoints. What a step draws depends on seed, step and process alone: no state of a generator is kept.
 
 
 def build(config, facts):
@@ -195,6 +193,8 @@ def load_checkpoint(path=None):
             if file.testzip():  # torch.load does not compare the checksums
                 raise ValueError("wrong checksum")
         ckpt = torch.load(path, map_location="cpu", weights_only=True) | {"path": path}
+        if not {"optimizer", "step"} <= ckpt.keys() or not {"mean", "scale", "window", "counts"} <= ckpt["data"].keys():
+            raise ValueError("parts of it are missing")
         ckpt["config"] = Config(**ckpt["config"])
         net = build(ckpt["config"], ckpt["data"])[2]
         for weights in (ckpt["net"], ckpt["ema"]):
@@ -208,7 +208,7 @@ def load_checkpoint(path=None):
 
 def new_folder(config):
     """The folder of a new run. mkdir is atomic, so no two runs get the same."""
-    base = config.out.removesuffix("ckpt.pt") or f"runs/{config.method}-{Path(config.data).stem}"
+    base = config.out.removesuffix("/ckpt.pt") or f"runs/{config.method}-{Path(config.data).stem}"
     for i in range(1, 10**6):
         out = Path(base if i == 1 else f"{base}-{i}")
         with suppress(FileExistsError):
@@ -259,7 +259,7 @@ def train(config, ckpt=None):
     try:
         dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
     except UserError as e:
-        raise UserError(f"{e}{'; or name the data anew by --data' if ckpt else ''}") from None
+        raise UserError(f"{'name the data anew by --data: ' if ckpt else ''}{e}") from None
     facts, start = dataset.summary(), 0
     if config.classes and not facts["labels"]:
         raise UserError(f"{config.data} has no labels for --classes to learn: {dataset.no_labels}")
@@ -331,25 +331,23 @@ def train(config, ckpt=None):
         if RANK == 0 and (saves or step == max(config.steps // 10, 1)):
             draw_picture(out / f"step-{step:07d}.png", facts, method, process, ema, device, part)
         if halt and step < config.steps:
-            say(log, f"stopped at step {step}, which is saved: python train.py --resume --out {out} goes on")
+            say(log, f"stopped at step {step}, which is saved: python {sys.argv[0]} --resume --out '{out}' goes on")
             sys.exit(128 + halt)
     for number, handler in zip(both, former, strict=True):
         signal.signal(number, handler)
-    say(log, f"done: {out}; next: python {os.path.relpath(Path(__file__).with_name('sample.py'))} --ckpt {out}")
+    say(log, f"done: {out}; next: python {Path(sys.argv[0]).with_name('sample.py')} --ckpt '{out}'")
 
 
 def announce(log, config, facts, process, net, dataset, start):
     """The first lines of a run."""
-    learns = "a denoiser, for any method and order" if config.target == "data" else "what the paper's does"
-    size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters, steps {start}-{config.steps}"
-    say(log, f"{process}; the net learns {learns}")
-    say(log, f"{len(dataset.train)} samples {facts['shape']} of {config.data}; {type(net).__name__}, {size}")
-    if config.classes:
-        pairs = enumerate(zip(facts["names"], facts["counts"], strict=True))
-        say(log, "classes: " + ", ".join(f"{i} {name} ({count})" for i, (name, count) in pairs))
     if dataset.device.type == "cpu" and max(facts["shape"][1:], default=0) > 12:
         gpu = " ".join(f"{key} {value}" for key, value in preset_for(facts["shape"], "cuda").items())
         say(log, f"the defaults are a CPU's; on a GPU: {gpu}")
+    size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters, steps {start}-{config.steps}"
+    say(log, f"{process}{', from a denoiser that any method and order can use' * (config.target == 'data')}")
+    say(log, f"{len(dataset.train)} samples {facts['shape']} of {config.data}; {type(net).__name__}, {size}")
+    if config.classes:
+        say(log, "classes: " + ", ".join(f"{i} {name}" for i, name in enumerate(facts["names"])))
 
 
 def together(value, op):
@@ -369,6 +367,8 @@ def say(log, line):
 def run(body):
     """Runs a script's body: what an ordinary user meets is one line on stderr, and an exit status not 0."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {why(message)}\n"
+    if hasattr(sys.stdout, "reconfigure"):  # a console that cannot show the name of a class
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         body()
     except KeyboardInterrupt as e:

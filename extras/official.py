@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import sys
 import tarfile
 
 import numpy as np
@@ -35,12 +34,10 @@ def load(name, folder):
     arrays = []
     for url, sha256 in urls.items():
         path = folder if folder and folder.is_file() else (folder or cache_dir()) / url.rsplit("/", 1)[1]
-        for unpacked in (path.parent, path.parent / "cifar-10-batches-bin"):
-            path = unpacked if name == "cifar10" and (unpacked / CIFAR10_FILES[-1]).is_file() else path
         try:
             if folder is None and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                print(f"downloading {url} to {path}", file=sys.stderr, flush=True)
+                print(f"downloading {url} to {path}", flush=True)
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)  # appears whole, or not at all
             arrays += read(path)
         except Exception as error:  # of urllib, ssl, files, gzip, tarfile, numpy; a wrong hash is a RuntimeError
@@ -57,12 +54,13 @@ def idx(path):
 
 
 def records(path):
-    """CIFAR-10's archive or folder: files of a label and 3,072 pixels (planes R, G, B) -> images, labels, of each."""
-    if path.is_dir():
-        files = [(path / name).read_bytes() for name in CIFAR10_FILES]
+    """CIFAR-10's archive or unpacked folder: files of a label and 3,072 pixels (planes R, G, B) -> images, labels."""
+    unpacked = path.parent / "cifar-10-batches-bin"
+    if unpacked.is_dir():
+        files = [(unpacked / name).read_bytes() for name in CIFAR10_FILES]
     else:
         with tarfile.open(fileobj=io.BytesIO(gzip.decompress(path.read_bytes()))) as tar:
-            files = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in CIFAR10_FILES]
+            files = [tar.extractfile(f"{unpacked.name}/{name}").read() for name in CIFAR10_FILES]
     rows = [np.frombuffer(file, np.uint8).reshape(-1, 3073) for file in files]
     return [array for r in rows for array in (r[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), r[:, 0])]
 
@@ -77,10 +75,7 @@ def imagenet64(folder):
         except Exception as error:  # numpy and zipfile raise a dozen kinds
             raise UserError(f"cannot read {folder / name} ({why(error)}): get it from image-net.org") from None
 
-    def pictures(_):
-        for name in IMAGENET64:
-            yield from read(name, "data", np.uint8, -1, 3, 64, 64).transpose(0, 2, 3, 1)
-
     labels = [read(name, "labels", np.int64, -1) - 1 for name in IMAGENET64]
-    array, _ = cached(folder, 64, [folder / name for name in IMAGENET64], pictures)
+    pictures = (x for name in IMAGENET64 for x in read(name, "data", np.uint8, -1, 3, 64, 64).transpose(0, 2, 3, 1))
+    array, _ = cached(folder, 64, [folder / name for name in IMAGENET64], pictures, {})
     return array, np.concatenate(labels), [], slice(-len(labels[-1]), None)

@@ -1,7 +1,6 @@
-"""Pictures -> arrays: a folder or zip of picture files becomes one .npy in the cache. Needs Pillow.
-
-Of each picture the central square, upright, on white, is brought to size x size by Lanczos' filter; grey if all are.
-What lies below the folder counts, also through links; what begins with a dot or is in __MACOSX does not.
+"""A folder or zip of pictures -> one .npy in the cache. Needs Pillow. Of each picture the central square, upright, on
+white, is brought to size x size by Lanczos' filter; grey if all are. What lies below the folder counts, also through
+links, but not what begins with a dot or is in __MACOSX.
 
     a/1.png b/2.png              classes a and b, numbers in their own order; one folder around them all changes nothing
     train/a/1.png test/a/2.png   classes a and b; the parts test, val, valid and validation, in any case, are held out
@@ -13,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-import warnings
 import zipfile
 from collections import Counter
 from contextlib import suppress
@@ -40,10 +38,10 @@ def load(path, size):
     names = sorted(n for n in seen if n.lower().endswith(tuple(ENDINGS)))
     index = min((n for n in seen if n.split("/")[-1] == "dataset.json"), key=len, default=None)
     others = Counter(Path(n).suffix.lower() or "without ending" for n in {*seen} - {*names, index})
-    others["hidden"] = len(files) - len(seen)
+    others += Counter(hidden=len(files) - len(seen))
+    read, skipped = {}, []  # {name: what was changed in it}, [name and reason]
 
-    def squares(state):
-        state |= {"read": {}, "skipped": []}
+    def squares():
         for name in names:
             try:
                 with files[name]() as file:
@@ -53,41 +51,36 @@ def load(path, size):
             except Exception as error:  # Pillow raises a dozen kinds
                 if isinstance(error, MemoryError) or getattr(error, "errno", None):  # it may be read tomorrow
                     raise UserError(f"cannot read {name} of {path} ({why(error)}): mend or remove it") from None
-                state["skipped"].append(f"{name} ({why(error)})")
+                skipped.append(f"{name} ({why(error)})")
             else:
                 square = np.asarray(image)
-                state["read"][name] = changed + ["in colour"] * bool((square != square[..., :1]).any())
+                read[name] = changed + ["in colour"] * bool((square != square[..., :1]).any())
                 yield square
 
-    array, state = cached(path, size, [path / n for n in names] if path.is_dir() else [path], squares)
-    read, skipped = list(state["read"]), state["skipped"]
-    changed = Counter(what for each in state["read"].values() for what in each)
+    sources = [path / n for n in names] if path.is_dir() else [path]
+    array, (read, skipped) = cached(path, size, sources, squares(), (read, skipped))
+    changed = Counter(what for each in read.values() for what in each)
     array = array if changed["in colour"] else array[..., :1]
-    labels, classes, held_out, reason = by_list(read, index, files[index]) if index else by_folder(read)
-    found = {f"pictures {array.shape[1:]}": len(array), f"classes ({', '.join(classes[:20])})": len(classes)}
-    found |= {"held out": 0 if held_out is None else len(held_out), **changed}
-    found |= {f"files not read ({counted(dict(others.most_common()))})": others.total(), "broken links": broken}
-    found[f"broken pictures skipped: {', '.join(skipped[:5])}"] = len(skipped)
+    labels, classes, held_out, reason = by_list([*read], index, files[index]) if index else by_folder([*read])
+    found = {f"pictures {array.shape[1:]}": len(array), f"classes ({', '.join(classes[:20])})": len(classes), **changed}
+    found["held out"] = 0 if held_out is None else len(held_out)
+    found[f"files not read ({', '.join(f'{n} {what}' for what, n in others.most_common())})"] = others.total()
+    found["broken links"], found[f"broken pictures skipped: {', '.join(skipped[:5])}"] = broken, len(skipped)
+    text = " ".join(", ".join(f"{count} {what}" for what, count in found.items() if count).split())
     if not read:
-        raise UserError(f"no pictures in {path} ({counted(found)}): give a folder or zip with {' '.join(ENDINGS)}")
-    print(f"{path}: {counted(found)}", file=sys.stderr)
+        raise UserError(f"no pictures in {path} ({text}): give a folder or zip with {' '.join(ENDINGS)}")
+    print(f"{path}: {text}", file=sys.stderr)
     return array, labels, classes, held_out, reason
-
-
-def counted(counts):
-    """{what: how many} -> what there is, on one line."""
-    return " ".join(", ".join(f"{count} {what}" for what, count in counts.items() if count).split())
 
 
 def walk(folder):
     """{name: function that opens it} of the files below the folder, and how many links lead nowhere. Links to other
     folders are followed, but none into the folder itself, nor to one that was met before: that would double files."""
-    root, met, paths, closed = folder.resolve(), set(), [], []
+    met, paths, closed = {folder.resolve()}, [], []
     for here, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
         for path in [Path(here, name) for name in folders]:
             real = path.resolve()
-            again = path.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real))
-            if again or real in met:
+            if real in met or (path.is_symlink() and real.is_relative_to(folder.resolve())):
                 folders.remove(path.name)
             met.add(real)
         paths += [Path(here, name) for name in names]
@@ -120,17 +113,14 @@ def by_list(names, index, opened):
 
 def by_folder(names):
     """Labels (N,) of the pictures or None, the names of the classes, held-out rows or None, why there are no labels."""
-
-    def below(folders):  # without the folders around them all
-        while all(folders) and len({f[0] for f in folders}) == 1:
-            folders = [f[1:] for f in folders]
-        return folders
-
-    folders, held_out = below([name.split("/")[:-1] for name in names]), None
-    parts = [f[0].lower() if f else "" for f in folders]
-    if all(folders) and "train" in parts and HELD_OUT & {*parts}:
-        held_out = np.flatnonzero([part in HELD_OUT for part in parts])
-        folders = below([f[1:] for f in folders])
+    folders, held_out = [name.split("/")[:-1] for name in names], None
+    while folders and all(folders):
+        parts = [f[0].lower() for f in folders]
+        if held_out is None and "train" in parts and HELD_OUT & {*parts}:
+            held_out = np.flatnonzero([part in HELD_OUT for part in parts])
+        elif len({f[0] for f in folders}) > 1:
+            break  # these are the classes, below the folders around them all
+        folders = [f[1:] for f in folders]
     classes = sorted({f[0] for f in folders if f}, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
     if not all(folders):
         return None, [], held_out, f"{why(names[folders.index([])])} lies beside the class folders" if classes else ""
@@ -139,12 +129,10 @@ def by_folder(names):
 
 
 def decode(file, size=0):
-    """A picture file, or its path -> Pillow's image, RGB of 8 bits, upright, on white, and what was changed in it; with
-    `size` its central square, of size x size pixels."""
+    """A picture file or path -> Pillow's image, 8-bit RGB, upright, on white, or its square of `size`; what changed."""
     from PIL import Image, ImageOps, PngImagePlugin
 
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # of texts and colour profiles
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from 89 to 179 megapixels, then an error
     image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
     changed = ["enlarged"] if min(image.size) < size else []
     if image.mode == "F":
@@ -158,28 +146,26 @@ def decode(file, size=0):
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image, changed
 
 
-def cached(source, size, files, pictures):
-    """What the generator pictures(state) yields, uint8 (size, size, 3) each, as one memory-mapped array, and the dict
-    `state` that it fills. Both are kept, until the name, size or time of one of the files changes."""
-    stats = [(os.path.relpath(f, source), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr((str(source.resolve()), size, stats)).encode()).hexdigest()[:16]
-    target, state = cache_dir() / f"{source.stem[:50]}-{size}-{key}.npy", {}
+def cached(source, size, files, pictures, state):
+    """What the generator `pictures` yields, uint8 (size, size, 3) each, as one memory-mapped array, and the `state`
+    that it fills. Both are kept, until the name, size or time of one of the files changes."""
+    stats = [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(repr((size, stats)).encode()).hexdigest()[:16]
+    target = cache_dir() / f"{source.stem[:50]}-{size}-{key}.npy"
     beside, fix = target.with_suffix(".json"), "make room, or set XDG_CACHE_HOME to another folder"
 
     def write(file):
-        file.seek(128)  # past the header, which is written last: only then n is known
+        file.seek(128)  # past the header, of 128 bytes for any n, which is written last: only then n is known
         n = 0
-        for n, picture in enumerate(pictures(state), 1):
+        for n, picture in enumerate(pictures, 1):
             file.write(np.ascontiguousarray(picture))
             if n % 500 == 0:
                 print(f"{source}: {n} pictures read", end="\r", file=sys.stderr, flush=True)
         file.seek(0)
-        header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
-        np.lib.format.write_array_header_1_0(file, header)  # of 128 bytes for any n
+        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(n, size, size, 3)))
 
-    with suppress(Exception):  # what is missing or damaged is made again
-        return np.load(target, mmap_mode="r"), json.loads(beside.read_text())
-    with suppress(OSError):  # which write_files will say
+    with suppress(Exception):  # what is missing or damaged is made again, and write_files will say what cannot be
         target.parent.mkdir(parents=True, exist_ok=True)
+        return np.load(target, mmap_mode="r"), json.loads(beside.read_text())
     write_files({target: write, beside: lambda file: file.write(json.dumps(state).encode())}, fix)
     return np.load(target, mmap_mode="r"), state

@@ -131,8 +131,8 @@ def configure(argv):
 SMALL = {
     0: dict(steps=6000, batch=512, width=128, blocks=20, save_every=2000),
     12: dict(steps=1400, batch=128, lr=3e-3, save_every=350),
-    16: dict(steps=9000, batch=64, mult=(1, 2, 2), save_every=1500),
-    32: dict(steps=4000, batch=64, mult=(1, 2, 3), save_every=500),
+    16: dict(steps=8000, batch=64, lr=2e-3, mult=(1, 2, 2), save_every=1000),
+    32: dict(steps=2500, batch=64, lr=2e-3, mult=(1, 2, 2), save_every=500),
     math.inf: dict(steps=1000, batch=8, lr=5e-4, width=16, mult=(1, 2, 3, 4, 6), save_every=100),
 }
 WIDE = dict(lr=2e-4, width=128, mult=(1, 2, 2, 2), blocks=3, dropout=0.1, ema=0.9999, save_every=5000)

@@ -8,6 +8,13 @@ python train.py --data emoji --size 32 --classes
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import train
+
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 FACES = "1F600-1F644 1F910-1F917 1F920-1F92F 1F970-1F97A 1F9D0 1FAE0-1FAE8 2639-263A"
 HANDS = "261D 270A-270D 1F446-1F450 1F485 1F4AA 1F590-1F596 1F64C 1F64F 1F918-1F91F 1F90C 1F90F 1F932 1F933 1F9B5 1F9B6"
@@ -30,7 +37,8 @@ def kind(codes):
     return "faces" if among(codes[0], FACES) else "things"
 
 
-def main(folder, font=FONT):
+def extract(folder, font=FONT):
+    """The font's pictures as PNGs."""
     try:
         from fontTools.ttLib import TTFont
     except ImportError:
@@ -51,5 +59,21 @@ def main(folder, font=FONT):
     print(f"{len(pictures)} pictures in {folder}")
 
 
+def show(run, picture):
+    """A PNG: a row of samples for each class, and eight samples beside the training picture nearest in pixels."""
+    config = train.load_checkpoint(run)["config"]
+    pictures = data.load(config.data, size=config.size).train[:].permute(0, 2, 3, 1)
+    with np.load(Path(run, "samples.npz")) as file:
+        x, labels = file["arr_0"], file["labels"]
+    some = x[:8]
+    nearest = torch.cdist(torch.from_numpy(some).flatten(1).float(), pictures.flatten(1).float()).argmin(1)
+    pairs = np.stack([some, pictures[nearest].numpy()], 1).reshape(16, *x.shape[1:])
+    rows = [x[labels == i][:16] for i in np.unique(labels)]
+    data.write_png(picture, data.image_grid(np.concatenate([*rows, pairs]), columns=16, scale=3))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[2:] and Path(sys.argv[1], "ckpt.pt").exists():
+        show(*sys.argv[1:])
+    else:
+        extract(*sys.argv[1:])

@@ -12,7 +12,6 @@ def log_likelihood_bound(method, process, predict, x, steps=96, exact=None):
     prior along the flow of `ode`, dz = x_hat dkappa, kappa = L^-1 mu, to SNR 4e4 or the process's last, then x_hat plus
     noise of variance 1/SNR. With q(z | x) = N(kappa x, I) of the forward process, z = kappa x + eps, on average
     log p(x) >= E_q[log p_ODE(z) + log N(x; x_hat(z), 1/SNR) - log q(z | x)], though not at every x.
-
     steps: of Runge-Kutta 4, four calls each, even in the lambda of `ode`: 32 do for a smooth x_hat, but that of images
     is clamped. exact: the divergence by d backward passes a call (default for d <= 16), else by a Rademacher probe."""
     B, d = len(x), x[0].numel()
@@ -62,4 +61,4 @@ def held_out_nll(method, process, predict, dataset, facts, n=None, batch=256, st
         x = x / facts["scale"] + (torch.rand_like(x) - 0.5) / 127.5 * dataset.is_image
         bounds.append(log_likelihood_bound(method, process, predict, x.float().to(device), steps).cpu().double())
     nats = d * math.log(127.5 if dataset.is_image else facts["scale"]) - torch.cat(bounds)
-    return (nats / (d * math.log(2)), "bits/dim") if dataset.is_image else (nats, "nats/sample")
+    return (nats / (d * math.log(2)), "bits/dim") if dataset.is_image else (nats, "nats/point")

@@ -75,14 +75,15 @@ def load(path, size):
 
 def walk(folder):
     """{name: function that opens it} of the files below the folder, and how many links lead nowhere. Links to other
-    folders are followed, but none into the folder itself, nor to one that was met before: that would double files."""
-    met, paths, closed = {folder.resolve()}, [], []
+    folders are followed, but none into or around the folder itself, nor to one met before: that would double files."""
+    root, met, paths, closed = folder.resolve(), set(), [], []
     for here, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
         for path in [Path(here, name) for name in folders]:
             real = path.resolve()
-            if real in met or (path.is_symlink() and real.is_relative_to(folder.resolve())):
+            if real in met or (path.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real))):
                 folders.remove(path.name)
-            met.add(real)
+            else:
+                met.add(real)
         paths += [Path(here, name) for name in names]
     if closed:
         raise closed[0]

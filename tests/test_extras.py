@@ -76,7 +76,7 @@ def test_nll_is_in_the_units_of_the_file():
     predict = partial(agm_ref.denoise, P, zero)
     nll, unit = held_out_nll(agm_ref, P, predict, dataset, facts, n=40, batch=16)
     truth = -Normal(torch.tensor([30.0, -7.0]), 4.0).log_prob(raw).sum(1)[:40]  # 4 = 8 sigma_data
-    assert unit == "nats/sample" and (nll - truth).abs().max() < 0.02
+    assert unit == "nats/point" and (nll - truth).abs().max() < 0.02
     pixels, images = torch.randint(0, 256, (6, 1, 5, 5), dtype=torch.uint8), FACTS | {"shape": [1, 5, 5]}
     dataset = Dataset("set", "image", pixels, pixels)
     torch.manual_seed(1)

@@ -406,7 +406,7 @@ def kick(process, t, h):
 
 @torch.no_grad()
 def ode(process, predict, m, nfe, data_mean=None, rho=1.0, t_end=None):
-    """ODE, for few steps, the default: DDIM for this process, second order, and the first step needs no call.
+    """ODE, for few steps, the default: DDIM for this process, second order; with data_mean the first step is free.
 
     m = mu x_hat + L eps goes to mu' x_hat + L' eps = A m + b x_hat (`ddim_step`). In units of L the step is d(L^-1 m) =
     x_hat d(L^-1 mu), and |L^-1 mu| = sqrt(SNR). Over it x_hat is taken as linear in lambda = log(1 + R sqrt(SNR)), in

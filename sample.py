@@ -68,8 +68,8 @@ class Options:
 
 
 class Noise:
-    """Unit noise with one generator a sample, so that sample i does not depend on the batch it is drawn in. (SAME: what
-    a network says of it does in the last bit, where 16 does not divide how many are drawn at once; so it does.)"""
+    """Unit noise with one generator a sample, so that sample i does not depend on the batch it is drawn in. (SAME:
+    batches are padded to multiples of 16, or the last bit of what a network says would depend on them.)"""
 
     def __init__(self, seed, numbers):
         self.generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in numbers]
@@ -276,11 +276,10 @@ def print_nll(args, config, facts, method, process, net, device):
     """Mean and standard error of a bound on the negative log-likelihood of the held-out data, or its first --n."""
     from extras.likelihood import held_out_nll
 
-    unused = "sampler rho t_end multistep class_ stroke inpaint held_out png_dir film amp compile".split()
-    if asked := [key for key in unused if getattr(args, key) not in (None, False, "off")]:
-        raise UserError(
-            f"--nll draws nothing, and wants all digits: leave out --{asked[0].rstrip('_').replace('_', '-')}"
-        )
+    used = "ckpt nfe n seed batch raw method order device out nll nll_steps data data_dir".split()
+    if asked := [key for key, value in vars(args).items() if key not in used and value not in (None, False, "off")]:
+        flag = f"--{asked[0].rstrip('_').replace('_', '-')}"
+        raise UserError(f"--nll draws nothing, and runs in full precision: leave out {flag}")
     folder = args.data_dir or (None if args.data else config.data_dir or None)
     dataset, began = data.load(args.data or config.data, folder, config.flip, config.size), time.time()
     torch.manual_seed(args.seed)

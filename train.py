@@ -48,14 +48,14 @@ class Config:
 
     method: str = option("agm", "phase stochastic bridge, or high-order Langevin", choices=("agm", "hold"))
     order: int = option(3, "of HOLD: 1 is OU/VP, 2 is CLD, 3 is HOLD", 1, 8)
-    target: str = option("data", "data: a denoiser; or AGM's, HOLD's own", choices=("data", "ode", "sde", "noise"))
+    target: str = option("data", "a denoiser's; AGM's ode, sde; HOLD's noise", choices=("data", "ode", "sde", "noise"))
     data: str = option("digits", f"{', '.join(data.NAMES)}, .npy or .npz file, folder or zip", may_change=True)
     data_dir: str = option("", "where the files of a named data set are; default: the cache", may_change=True)
     size: int = option(0, "pixels a side that a folder or zip of pictures is brought to", 0, 1024)
     steps: int = option(1000, "updates", 1, 10**9, may_change=True)
     minutes: float = option(0.0, "sets --steps after 20 updates, for a run of that length", 0, 1e6)
     batch: int = option(128, "samples an update, of all processes together", 1, 10**6)
-    accum: int = option(1, "parts of a batch, one after the other: less memory, same update", 1, 10**6, may_change=True)
+    accum: int = option(1, "parts of a batch, one after the other: less memory", 1, 10**6, may_change=True)
     lr: float = option(1e-3, "peak learning rate of AdamW; cosine decay to 0", 1e-9, 1.0)
     warmup: int = option(100, "updates of linear warm-up", 0, 10**9)
     clip: float = option(1.0, "largest gradient norm", 1e-6, 1e6)
@@ -95,11 +95,11 @@ def parser(defaults, doc):
 
     p.error = refuse
     for f in fields(defaults):
-        value, kind = getattr(defaults, f.name), f.metadata["kind"]
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        value, kind, choices = getattr(defaults, f.name), f.metadata["kind"], "|".join(f.metadata["choices"] or ())
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": choices or None}
         if isinstance(value, tuple):
             how["nargs"] = "*"
-        shown = "" if value in (None, "", (), 0.0) else f" (default: {value})"
+        shown = "" if value in (None, "", ()) else f" (default: {value})"
         flag = "--" + f.name.rstrip("_").replace("_", "-")
         p.add_argument(flag, dest=f.name, default=value, help=f.metadata["help"] + shown, **how)
     return p
@@ -232,7 +232,7 @@ def check_same(found, facts, name):
 
 
 def draw_picture(path, facts, method, process, net, device, part):
-    """What sample.py draws with no options, from the same noise at every save; part: samples that fit the memory."""
+    """As many as sample.py draws, by `ode`, from the same noise at every save; part: samples that fit the memory."""
     shape = 10_000 if facts["kind"] == "points" else 64, *facts["shape"]
     predict = partial(method.denoise, process, net)
     states = process.prior(shape, torch.Generator().manual_seed(0)).split(part)

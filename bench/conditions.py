@@ -169,6 +169,7 @@ def main(argv=None):
     p.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES, help="default: all")
     p.add_argument("--strip", help="a PNG: six pictures, what is known, and AGM's completions by each rule")
     args = p.parse_args(argv)
+    args.out = args.out or Path("runs", f"conditions-{Path(args.data or '').stem}")
     if args.data:
         return train.run(lambda: compare(args))
     models = {"agm": (agm_ref, agm_ref.AGM(), exact_net), "hold3": (hold_ref, hold_ref.HOLD(), exact_net)}

@@ -2,7 +2,9 @@
 
 apt-get install fonts-noto-color-emoji; pip install fonttools pillow
 python bench/emoji.py emoji                                  3,926 pictures of 136x128 pixels
-python train.py --data emoji --size 32 --classes
+python train.py --data emoji --size 16 --classes --out runs/emoji
+python sample.py --ckpt runs/emoji --class all --n 80
+python bench/emoji.py runs/emoji emoji.png                   sixteen of each class; eight beside the nearest picture
 """
 
 import sys

@@ -89,19 +89,19 @@ def phase(args):
         ax.quiver(*grid.T, *arrow.T, pivot="mid", scale=7, width=0.012, headwidth=4.5, color="0.25", alpha=0.75)
         by_x, by_both = told(x, cluster), told(mix(agm_ref.to_z(process, t)[0], states[i])[:, 0], cluster)
         numbers.append(f"t {moment} {by_x:.2f} {by_both:.2f}")
-        ax.text(0, -5.9, f"x: {by_x:.0%}   x, v: {by_both:.0%}", ha="center", va="center")
+        ax.text(0, -5.9, f"q: {by_x:.0%}   q, v: {by_both:.0%}", ha="center", va="center")
         ax.set(xlim=(-3, 3), ylim=(-6.5, 5), title=f"t = {moment}")
     axes[0].set_ylabel("v")
-    what = f"AGM: position x and velocity v of {len(start):,} particles, coloured by the cluster where each ends. "
-    what += "Arrows: where the state moves.\nPer cent: the share whose cluster is told from x alone, and from x and v"
+    what = f"AGM: position q and velocity v of {len(start):,} particles, coloured by the cluster where each ends. "
+    what += "Arrows: where the state moves.\nPer cent: the share whose cluster is told from q alone, and from q and v"
     upper.suptitle(what)
 
     panels = iter(lower.subplots(1, 4))
     hold = hold_ref.HOLD(order=3, sigma_data=1.0)
     from_prior = hold.prior((24, 1), torch.Generator().manual_seed(1)).double()
     for module, p, m, titles in (
-        (agm_ref, process, start[:24], ("AGM, position", "AGM, velocity: the noise enters here")),
-        (hold_ref, hold, from_prior, ("HOLD 3, position", "HOLD 3, velocity: it enters block three")),
+        (agm_ref, process, start[:24], ("AGM, position", "AGM, velocity: noise enters here")),
+        (hold_ref, hold, from_prior, ("HOLD 3, position", "HOLD 3, velocity: smooth, too")),
     ):
         ts, states, cluster = follow(module.splitting if p is process else module.lie, p, m, args.steps)
         for block, title in enumerate(titles):
@@ -112,7 +112,7 @@ def phase(args):
             ax.set_title(title)
             if p is hold:
                 root_scale(ax)
-    return fig, f"cluster told from x, and from x and v: {'; '.join(numbers)}"
+    return fig, f"cluster told from q, and from q and v: {'; '.join(numbers)}"
 
 
 def root_scale(ax):

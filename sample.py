@@ -41,7 +41,7 @@ class Options:
     seed: int = option(0, "of the noise", 0, 2**32 - 1)
     batch: int = option(256, "samples at a time", 1, 10**6)
     raw: bool = option(False, "draw with the raw weights, not with their average (EMA)")
-    method: str = option(None, "process to sample with, if the net is a denoiser", choices=("agm", "hold"))
+    method: str = option(None, "process to sample with, if the net is a denoiser", choices=tuple(train.METHODS))
     order: int = option(None, "of HOLD, if the net is a denoiser", 1, 8, kind=int)
     amp: str = option("off", "bf16: autocast the net to bfloat16", choices=("off", "bf16"))
     compile: bool = option(False, "compile the net: faster calls after a minute")

@@ -46,7 +46,7 @@ def option(default, help, low=None, high=None, choices=None, may_change=False, k
 class Config:
     """What a run was asked for. may_change: a resumed run may have another value."""
 
-    method: str = option("agm", "phase stochastic bridge, or high-order Langevin", choices=("agm", "hold"))
+    method: str = option("agm", "phase stochastic bridge, or high-order Langevin", choices=tuple(METHODS))
     order: int = option(3, "of HOLD: 1 is OU/VP, 2 is CLD, 3 is HOLD", 1, 8)
     target: str = option("data", "a denoiser's; AGM's ode, sde; HOLD's noise", choices=("data", "ode", "sde", "noise"))
     data: str = option("digits", f"{', '.join(data.NAMES)}, .npy or .npz file, folder or zip", may_change=True)

@@ -110,6 +110,7 @@ class UNet(nn.Module):
         # Down: each level after the first starts by halving the size. c is the number of channels
         # at this point; `skips` keeps it for every output that the way up will see again.
         self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
         c = width
         skips = [c]
         for level in levels:
@@ -126,7 +127,6 @@ class UNet(nn.Module):
 
         # Up: each block sees the output of the block below and the newest skip. Each level but the
         # first ends by doubling the size.
-        self.up = nn.ModuleList()
         for level in reversed(levels):
             for _ in range(blocks + 1):
                 self.up.append(block(c + skips.pop(), level, level in attention))

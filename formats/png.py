@@ -1,0 +1,155 @@
+"""Arrays -> pictures, with numpy alone: PNG and animated PNG, grids of images, histograms of points.
+
+A picture is uint8 (H, W) grey or (H, W, 3) colour. Every PNG carries a text that marks it as
+written here, so that nobody trains on it by accident.
+"""
+
+import math
+import struct
+import warnings
+import zlib
+
+import numpy as np
+
+from formats.files import write_files
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MARK = b"Software\0phase-ref"  # a keyword of the PNG standard, and our name
+LARGEST_SIDE = 10_000  # pixels of a grid: rows and columns beyond it are left out
+
+
+# -------------------------------------------------------------------------------------------------
+# PNG
+
+
+def chunk(kind, body):
+    """A part of a PNG: its length, its kind (4 letters), its content, and a checksum."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def compressed(array):
+    """The pixels as a PNG keeps them: each row begins with 0, which says "no filter"."""
+    rows = [b"\0" + row.tobytes() for row in array]
+    return zlib.compress(b"".join(rows), 9)
+
+
+def png(array):
+    """uint8 (H, W) or (H, W, 3) -> the bytes of a PNG."""
+    return apng([array])
+
+
+def apng(frames, milliseconds=100):
+    """uint8 pictures of one shape -> the bytes of an animated PNG that repeats for ever and holds
+    its last frame for two seconds. Viewers that do not animate show the last frame. Of one picture
+    it makes a plain PNG."""
+    last = frames[-1]
+    for frame in frames:
+        if frame.dtype != np.uint8 or frame.shape != last.shape:
+            raise ValueError(f"frames must be uint8 {last.shape}, got {frame.dtype} {frame.shape}")
+    if last.ndim != 2 and last.shape[2:] != (3,):
+        raise ValueError(f"a picture is (H, W) or (H, W, 3), got {last.shape}")
+    height, width = last.shape[:2]
+    colour = 2 if last.ndim == 3 else 0
+
+    out = [SIGNATURE]
+    out.append(chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, colour, 0, 0, 0)))
+    out.append(chunk(b"tEXt", MARK))
+    if len(frames) > 1:
+        out.append(chunk(b"acTL", struct.pack(">2I", len(frames), 0)))
+    out.append(chunk(b"IDAT", compressed(last)))  # without a control chunk: not in the animation
+    if len(frames) > 1:
+        for i, frame in enumerate(frames):
+            delay = 2000 if i == len(frames) - 1 else milliseconds
+            control = (2 * i, width, height, 0, 0, delay, 1000, 0, 0)  # chunks are numbered
+            out.append(chunk(b"fcTL", struct.pack(">5I2H2B", *control)))
+            out.append(chunk(b"fdAT", struct.pack(">I", 2 * i + 1) + compressed(frame)))
+    out.append(chunk(b"IEND", b""))
+    return b"".join(out)
+
+
+def write_png(path, array):
+    """Write a picture as a PNG that appears whole or not at all."""
+    write_files({path: png(array)})
+
+
+def is_ours(head):
+    """Whether a file that begins with these bytes (100 are enough) is a PNG written here."""
+    return head.startswith(SIGNATURE) and MARK in head
+
+
+# -------------------------------------------------------------------------------------------------
+# Grids
+
+
+def image_grid(images, columns=None, border=1, scale=None, names=()):
+    """uint8 images (N, H, W, C) side by side -> one picture, grey lines of `border` image pixels
+    between them.
+
+    columns: by default the grid is about square. scale: whole factor of enlargement; by default
+    small images grow to about 64 pixels (8x8: 8 times, 32x32: twice). names: a text for each row,
+    to the left of it. What lies beyond LARGEST_SIDE is left out, with a warning.
+    """
+    n, h, w, c = images.shape
+    scale = scale or max(1, 64 // max(h, w))
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    H = h + border
+    W = w + border
+
+    # empty places are as grey as the lines
+    cells = np.full((rows * columns, H, W, c), 128, np.uint8)
+    cells[:n, :h, :w] = images
+    cells = cells.reshape(rows, columns, H, W, c)
+
+    grid = cells.swapaxes(1, 2).reshape(rows * H, columns * W, c)
+    grid = grid[: rows * H - border, : columns * W - border]
+    grid = grid.repeat(scale, 0).repeat(scale, 1)
+    return grid[..., 0] if c == 1 else grid
+
+
+# -------------------------------------------------------------------------------------------------
+# Points
+
+
+def extent(points):
+    """A square window [(x0, x1), (y0, y1)] around the first two axes of the finite points (N, D),
+    but for one in a thousand on each side."""
+    points = points[np.isfinite(points).all(1)][:, :2]
+    if len(points) == 0:
+        points = np.zeros((1, 2))
+    low, high = np.quantile(points, (0.001, 0.999), axis=0)
+    centre = (low + high) / 2
+    width = max((high - low).max(), 1e-12 * np.abs(centre).max())
+    half = 0.58 * float(width) or 0.58  # of equal points, too
+    return [(float(c) - half, float(c) + half) for c in centre]
+
+
+def histogram(points, size=480, limit=None):
+    """Density of points (N, D) as uint8 (size, size, 3), y upwards; only the first two axes count.
+    Of numbers (N, 1) a bar chart. limit: [(x0, x1), (y0, y1)], or a number for [-limit, limit]^2;
+    by default the extent of the points."""
+    if limit is None:
+        limit = extent(points)
+    if isinstance(limit, (int, float)):
+        limit = [(-limit, limit)] * 2
+    points = points[np.isfinite(points).all(1)]
+    bins = size // 2
+
+    if points.shape[1] == 1:
+        bars = min(bins, math.isqrt(len(points)) + 1)  # more would make a comb of narrow bars
+        count = np.histogram(points[:, 0], bars, limit[0])[0]
+        height = 0.95 * bins * count / max(count.max(), 1)
+        bar_of_column = np.arange(bins) * bars // bins
+        row = np.arange(bins)[::-1, None]  # counted from below
+        level = row < height[bar_of_column]
+    else:
+        count = np.histogram2d(points[:, 0], points[:, 1], bins, limit[:2])[0]
+        count = np.flip(count.T, 0)
+        dense = np.quantile(count[count > 0], 0.99) if count.any() else 1
+        level = np.sqrt(np.minimum(count / dense, 1))  # the root shows thin structure beside dense
+
+    # white, light blue, blue, nearly black
+    ramp = np.array([(255, 255, 255), (130, 180, 220), (40, 80, 160), (10, 10, 50)])
+    colour = [np.interp(level, (0, 1 / 3, 2 / 3, 1), channel) for channel in ramp.T]
+    picture = np.stack(colour, -1).round().astype(np.uint8)
+    return picture.repeat(2, 0).repeat(2, 1)

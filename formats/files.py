@@ -1,7 +1,15 @@
-"""What every file of the project needs: errors of one line, files that appear whole, the cache."""
+"""What every file of the project needs: errors of one line, files that appear whole, a cache."""
 
+import hashlib
+import json
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
+
+MARK = b"tEXtSoftware\0phase-ref"  # in each PNG that is written here, so that nobody trains on it
 
 
 class UserError(Exception):
@@ -47,3 +55,36 @@ def cache_dir():
             "there is no home folder for the cache: set XDG_CACHE_HOME to a folder"
         ) from None
     return base / "phase-ref"
+
+
+def cached(source, size, files, pictures, state):
+    """What the generator `pictures` yields, uint8 (size, size, 3) each, as one memory-mapped array,
+    and the `state` that it fills. Both are kept in the cache, until the name, size or time of one
+    of the files changes."""
+    stats = [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(repr(("2", size, stats)).encode()).hexdigest()[:16]
+    target = cache_dir() / f"{source.stem[:50]}-{size}-{key}.npy"
+    beside = target.with_suffix(".json")
+
+    def write(file):
+        # the header has 128 bytes for any n; it is written last, when n is known
+        file.seek(128)
+        n = 0
+        for picture in pictures:
+            file.write(np.ascontiguousarray(picture))
+            n += 1
+            if n % 500 == 0:
+                print(f"{source}: {n} pictures read", end="\r", file=sys.stderr, flush=True)
+        file.seek(0)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    # what is missing or damaged is made again; write_files says what cannot be made
+    with suppress(Exception):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return np.load(target, mmap_mode="r"), json.loads(beside.read_text())
+    write_files(
+        {target: write, beside: lambda file: file.write(json.dumps(state).encode())},
+        fix="make room, or set XDG_CACHE_HOME to another folder",
+    )
+    return np.load(target, mmap_mode="r"), state

@@ -1,4 +1,4 @@
-"""Arrays -> pictures, with numpy alone: PNG and animated PNG, grids of images, histograms of points.
+"""Arrays -> pictures, with numpy alone: PNG, animated PNG, grids of images, histograms of points.
 
 A picture is uint8 (H, W) grey or (H, W, 3) colour. Every PNG carries a text that marks it as
 written here, so that nobody trains on it by accident.
@@ -11,10 +11,9 @@ import zlib
 
 import numpy as np
 
-from formats.files import write_files
+from formats.files import MARK, write_files
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MARK = b"Software\0phase-ref"  # a keyword of the PNG standard, and our name
 LARGEST_SIDE = 10_000  # pixels of a grid: rows and columns beyond it are left out
 
 
@@ -53,7 +52,7 @@ def apng(frames, milliseconds=100):
 
     out = [SIGNATURE]
     out.append(chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, colour, 0, 0, 0)))
-    out.append(chunk(b"tEXt", MARK))
+    out.append(chunk(MARK[:4], MARK[4:]))
     if len(frames) > 1:
         out.append(chunk(b"acTL", struct.pack(">2I", len(frames), 0)))
     out.append(chunk(b"IDAT", compressed(last)))  # without a control chunk: not in the animation
@@ -153,3 +152,7 @@ def histogram(points, size=480, limit=None):
     colour = [np.interp(level, (0, 1 / 3, 2 / 3, 1), channel) for channel in ramp.T]
     picture = np.stack(colour, -1).round().astype(np.uint8)
     return picture.repeat(2, 0).repeat(2, 1)
+
+
+def titled(picture, words):
+    return picture

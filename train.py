@@ -1,146 +1,158 @@
-"""Trains AGM or HOLD and leaves a checkpoint, a log and pictures in a folder. With no options: AGM on the digits.
+"""Trains AGM or HOLD and leaves a checkpoint, a log and pictures in a folder.
 
-python train.py                                     minutes on a CPU
-python train.py --data FOLDER --size 32             own pictures
-python train.py --resume                            resumes the newest run
+python train.py                                     AGM on the digits: minutes on a CPU
+python train.py --data FOLDER --size 16 --classes   own pictures, a folder for each class
+python train.py --resume                            goes on with the newest run
 torchrun --standalone --nproc_per_node=4 train.py   on four GPUs
 """
 
-import argparse
 import copy
 import math
 import os
 import signal
 import sys
+import threading
 import time
-import warnings
 import zipfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import distributed as dist
+from torch import distributed
 
 import agm_ref
 import data
 import hold_ref
 import nets
-from data import UserError, why
+from extras import clock
+from formats.command import HEARD, Options, flag, option, parser, run
+from formats.files import UserError, why, write_files
+from formats.png import write_png
 
-METHODS = {"agm": agm_ref, "hold": hold_ref}
-RANK, WORLD = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun; 0 alone writes
+# The methods: the page with loss, denoise and SAMPLERS, and the process. One of your own, added
+# here, is trained and sampled: METHODS["flow"] = (agm_ref, FlowMatching), say.
+METHODS = {"agm": (agm_ref, agm_ref.AGM), "hold": (hold_ref, hold_ref.HOLD)}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options: one list of fields makes the command line, the check of a checkpoint, and the rule of --resume
+# -------------------------------------------------------------------------------------------------
+# Options: one list of fields makes the command line, the check of values, and the rule of --resume
 
 
-def option(default, help, low=None, high=None, choices=None, may_change=False, kind=None):
-    """A field and an option of the same name; kind: the type of a value, by default that of the default."""
-    kind, limits = kind or (str if default is None else type(default)), dict(low=low, high=high, choices=choices)
-    return field(default=default, metadata=dict(help=help, kind=kind, may_change=may_change, **limits))
+adjustable = partial(option, may_change=True)  # by --resume
 
 
 @dataclass(frozen=True)
-class Config:
-    """What a run was asked for. may_change: a resumed run may have another value."""
+class Config(Options):
+    """What a run was asked for."""
 
-    method: str = option("agm", "phase stochastic bridge, or high-order Langevin", choices=tuple(METHODS))
+    method: str = option("agm", "phase stochastic bridge, or high-order Langevin", choices=METHODS)
     order: int = option(3, "of HOLD: 1 is OU/VP, 2 is CLD, 3 is HOLD", 1, 8)
-    target: str = option("data", "a denoiser's; AGM's ode, sde; HOLD's noise", choices=("data", "ode", "sde", "noise"))
-    data: str = option("digits", f"{', '.join(data.NAMES)}, .npy or .npz file, folder or zip", may_change=True)
-    data_dir: str = option("", "where the files of a named data set are; default: the cache", may_change=True)
+    target: str = option(
+        "data",
+        "a denoiser's; AGM's ode, sde; HOLD's noise",
+        choices=("data", "ode", "sde", "noise"),
+    )
+    data: str = adjustable("digits", f"{', '.join(data.NAMES)}, .npy or .npz file, folder or zip")
+    data_dir: str = adjustable("", "where the files of a named data set are; default: the cache")
     size: int = option(0, "pixels a side that a folder or zip of pictures is brought to", 0, 1024)
-    steps: int = option(1000, "updates", 1, 10**9, may_change=True)
-    minutes: float = option(0.0, "sets --steps after 20 updates, for a run of that length", 0, 1e6)
+    steps: int = adjustable(1000, "updates", 1, 10**9)
+    minutes: float = adjustable(
+        0.0, "train for so long, whatever --steps; with --resume: so much longer", 0, 1e6
+    )
     batch: int = option(128, "samples an update, of all processes together", 1, 10**6)
-    accum: int = option(1, "parts of a batch, one after the other: less memory", 1, 10**6, may_change=True)
+    accum: int = adjustable(1, "parts of a batch, one after the other: less memory", 1, 10**6)
     lr: float = option(1e-3, "peak learning rate of AdamW; cosine decay to 0", 1e-9, 1.0)
     warmup: int = option(100, "updates of linear warm-up", 0, 10**9)
     clip: float = option(1.0, "largest gradient norm", 1e-6, 1e6)
-    ema: float = option(0.999, "decay of the weight average that samples are drawn with", 0.0, 0.999999)
+    ema: float = option(
+        0.999, "decay of the weight average that samples are drawn with", 0.0, 0.999999
+    )
     width: int = option(32, "channels of the net, of a UNet's first level", 1, 4096)
     mult: tuple = option((1, 2), "UNet: width of each level, in units of --width", 1, 64, kind=int)
     blocks: int = option(1, "UNet: residual blocks a level; MLP: layers", 1, 100)
     attention: tuple = option((), "UNet: levels with attention, 0 is full size", 0, 15, kind=int)
     dropout: float = option(0.0, "UNet: dropout rate", 0.0, 0.99)
     classes: bool = option(False, "learn the labels, too: sample.py --class, --guidance")
-    flip: bool = option(None, "mirror half of the training images; default: the data set's", kind=bool)
-    amp: str = option("off", "bf16: autocast the net to bfloat16", choices=("off", "bf16"), may_change=True)
-    compile: bool = option(False, "compile the net: faster steps after some minutes", may_change=True)
+    flip: bool = option(
+        None, "mirror half of the training images; default: the data set's", kind=bool
+    )
+    amp: str = adjustable("off", "bf16: autocast the net to bfloat16", choices=("off", "bf16"))
+    compile: bool = adjustable(False, "compile the net: faster steps after some minutes")
     seed: int = option(0, "of the weights, the order of the data and the noise", 0, 2**32 - 1)
-    device: str = option("auto", "cpu, cuda, mps; auto takes the first that is there", may_change=True)
-    out: str = option("", "new folder for the run; default: runs/METHOD-DATA, numbered", may_change=True)
-    save_every: int = option(500, "updates between checkpoints and pictures", 1, 10**9, may_change=True)
-    log_every: int = option(50, "updates between log lines", 1, 10**9, may_change=True)
-    resume: bool = option(False, "go on with the run in --out; default: the newest in runs/", may_change=True)
+    device: str = adjustable("auto", "cpu, cuda, mps; auto takes the first that is there")
+    out: str = adjustable("", "new folder for the run; default: runs/METHOD-DATA, numbered")
+    save_every: int = adjustable(
+        0, "updates between checkpoints and pictures; default: six a run", 0, 10**9
+    )
+    log_every: int = adjustable(50, "updates between log lines", 1, 10**9)
+    resume: bool = adjustable(False, "go on with the run in --out; default: the newest in runs/")
 
     def __post_init__(self):
-        for f in fields(self):
-            value, m = getattr(self, f.name), f.metadata
-            for v in value if isinstance(value, tuple) else (value,):
-                outside = v is not None and m["low"] is not None and not m["low"] <= v <= m["high"]
-                if outside or (m["choices"] and v not in (*m["choices"], f.default)):
-                    wanted = f"from {m['low']:g} to {m['high']:g}" if outside else f"one of {', '.join(m['choices'])}"
-                    raise UserError(f"--{f.name.replace('_', '-')} must be {wanted}, got {v!r:.40}")
-
-
-def parser(defaults, doc):
-    """A command line with an option for each field of `defaults`; a mistake is a UserError, and so one line."""
-    p = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
-
-    def refuse(message):
-        raise UserError(f"{why(message)}; --help shows the options")
-
-    p.error = refuse
-    for f in fields(defaults):
-        value, kind, choices = getattr(defaults, f.name), f.metadata["kind"], "|".join(f.metadata["choices"] or ())
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": choices or None}
-        if isinstance(value, tuple):
-            how["nargs"] = "*"
-        shown = "" if value in (None, "", ()) else f" (default: {value})"
-        flag = "--" + f.name.rstrip("_").replace("_", "-")
-        p.add_argument(flag, dest=f.name, default=value, help=f.metadata["help"] + shown, **how)
-    return p
+        super().__post_init__()
+        targets = METHODS[self.method][1].targets
+        if self.target not in targets:
+            raise UserError(f"--target of {self.method} must be one of {', '.join(targets)}")
+        if not self.mult or max(self.attention, default=0) >= len(self.mult):
+            raise UserError("--attention names levels of --mult, from 0, and --mult needs one")
 
 
 def configure(argv):
-    """Command line -> (config, checkpoint or None). The defaults are a preset's, or those of the run that goes on."""
-    given, ckpt = parser(Config(), __doc__).parse_args([a for a in argv if a not in ("-h", "--help")]), None
+    """Command line -> (config, checkpoint or None)."""
+    # a first pass finds the data and the device, as they decide on the defaults
+    without_help = [a for a in argv if a not in ("-h", "--help")]
+    given = parser(Config(), __doc__).parse_args(without_help)
+    ckpt = None
     if given.resume:
         ckpt = load_checkpoint(given.out)
         defaults = replace(ckpt["config"], out=str(ckpt["path"].parent))
     else:
-        shape, device = data.shape_of(given.data, given.size), pick_device(given.device)
-        defaults = replace(Config(), **preset_for(shape, device.type))
+        shape = data.shape_of(given.data, given.size)
+        preset = preset_for(shape, pick_device(given.device).type)
+        defaults = replace(Config(), **preset)
+
     args = vars(parser(defaults, __doc__).parse_args(argv))
-    args |= {key: tuple(value) for key, value in args.items() if isinstance(value, list)}
+    for key, value in args.items():
+        if isinstance(value, list):
+            args[key] = tuple(value)
     for key in ("data", "data_dir"):  # absolute, so that a resumed run finds them from any folder
         if args[key] and args[key] not in data.NAMES:
             args[key] = str(Path(args[key]).expanduser().resolve())
-    for f in fields(Config):
-        old, new = getattr(defaults, f.name), args[f.name]
-        if ckpt and new != old and not f.metadata["may_change"]:
-            raise UserError(f"the run has --{f.name.replace('_', '-')} {old}: leave it out, or start a new run")
+    if ckpt:
+        check_changes(defaults, args)
+        if given.minutes:
+            ckpt["minutes"] = 0.0  # of the schedule that begins now
+        elif args["steps"] != defaults.steps:
+            args["minutes"] = 0.0
     return Config(**args), ckpt
 
 
-# Defaults by the largest side of an image, 0 for points. SMALL: a CPU's, about 1M parameters and half an hour above 12
-# pixels. LARGE: a GPU's, which were not run.
+def check_changes(defaults, args):
+    """UserError for an option that a resumed run cannot change."""
+    for f in fields(defaults):
+        had = getattr(defaults, f.name)
+        if args[f.name] != had and not f.metadata["may_change"]:
+            raise UserError(f"the run has {flag(f.name)} {had}: leave it out, or start a new run")
+
+
+# Defaults by the largest side of an image, 0 for points. SMALL: for a CPU, about 1M parameters and
+# half an hour above 12 pixels. LARGE: for a GPU; those were not run.
 SMALL = {
-    0: dict(steps=6000, batch=512, width=128, blocks=20, save_every=2000),
-    12: dict(steps=1400, batch=128, lr=3e-3, save_every=350),
-    16: dict(steps=8000, batch=64, lr=2e-3, mult=(1, 2, 2), save_every=1000),
-    32: dict(steps=2500, batch=64, lr=2e-3, mult=(1, 2, 2), save_every=500),
-    math.inf: dict(steps=1000, batch=8, lr=5e-4, width=16, mult=(1, 2, 3, 4, 6), save_every=100),
+    0: dict(steps=6000, batch=512, width=128, blocks=20),
+    12: dict(steps=1400, batch=128, lr=3e-3),
+    16: dict(steps=8000, batch=64, lr=2e-3, mult=(1, 2, 2)),
+    32: dict(steps=2500, batch=64, lr=2e-3, mult=(1, 2, 2)),
+    math.inf: dict(steps=1000, batch=8, lr=5e-4, width=16, mult=(1, 2, 3, 4, 6)),
 }
-WIDE = dict(lr=2e-4, width=128, mult=(1, 2, 2, 2), blocks=3, dropout=0.1, ema=0.9999, save_every=5000)
+WIDE = dict(
+    lr=2e-4, width=128, mult=(1, 2, 2, 2), blocks=3, dropout=0.1, ema=0.9999, save_every=5000
+)
 LARGE = {
-    28: dict(steps=20_000, batch=128, lr=5e-4, width=64, mult=(1, 2, 2), blocks=2, save_every=2000),
+    28: dict(steps=20_000, batch=128, lr=5e-4, width=64, mult=(1, 2, 2), blocks=2),
     32: WIDE | dict(steps=200_000, batch=128, attention=(1,)),
     64: WIDE | dict(steps=400_000, batch=64, attention=(2,)),
-    math.inf: WIDE | dict(steps=500_000, batch=8, lr=2e-5, mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(4,)),
+    math.inf: WIDE
+    | dict(steps=500_000, batch=8, lr=2e-5, mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(4,)),
 }
 
 
@@ -148,238 +160,551 @@ def preset_for(shape, device):
     """The defaults for data of that shape on that type of device."""
     side = max(shape[1:], default=0)
     presets = LARGE if device != "cpu" and side > 12 else SMALL
-    return next(preset for largest, preset in presets.items() if side <= largest)
+    for largest, preset in presets.items():
+        if side <= largest:
+            return preset
 
 
 def pick_device(name):
     """torch.device. UserError if it cannot be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto" and torch.backends.mps.is_available():
+        name = "mps"
+    elif name == "auto":
+        name = "cpu"
     try:
         if name == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
+            torch.backends.cudnn.benchmark = True
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"cannot use --device {name} ({why(e):.100}): leave it out") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"cannot use --device {name} ({why(error):.100}): leave it out") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs and checkpoints. What a step draws depends on seed, step and process alone: no state of a generator is kept.
+# -------------------------------------------------------------------------------------------------
+# What a run is built of
+
+
+def noise_levels(kind):
+    """Mean and standard deviation of ln sigma at which a denoiser is trained."""
+    return POINTS_NOISE if kind == "points" else (-1.2, 1.2)
+
+
+POINTS_NOISE = (-1.8, 1.2)  # fine structure of points shows at low noise only; bench/README.md
 
 
 def build(config, facts):
-    """A config and what a dataset's `summary` says -> (method module, process, net)."""
-    method, (C, *size) = METHODS[config.method], facts["shape"]
-    common = dict(target=config.target, sigma_data=facts["std"], bound=facts["bound"])
-    process = agm_ref.AGM(**common) if config.method == "agm" else hold_ref.HOLD(order=config.order, **common)
-    channels, T, t_data = C, 1.0, 0.0  # what a denoiser sees: y, at the time sigma / (1 + sigma)
+    """A config and the facts of its data -> the method's page, the process, the net."""
+    page, Process = METHODS[config.method]
+    noise_mean, noise_std = facts.get("noise", (-1.2, 1.2))
+    options = dict(
+        target=config.target,
+        sigma_data=min(max(facts["std"], 0.1), 5.0),  # nearly black pictures have less
+        bound=facts["bound"],
+        noise_mean=noise_mean,
+        noise_std=noise_std,
+    )
+    if "order" in [f.name for f in fields(Process)]:
+        options["order"] = config.order
+    process = Process(**options)
+
+    # what the net sees, and when: a denoiser y at the time sigma/(1 + sigma), another the state
+    C, *size = facts["shape"]
+    sees = C
+    times = dict(T=1.0, t_data=0.0)
     if config.target != "data":
-        channels, T, t_data = process.n * C, max(process.first, process.last), round(process.last)  # the data's time
-    last = dict(T=T, t_data=t_data, classes=facts["labels"] if config.classes else 0)
-    if not size:
-        return method, process, nets.MLP(channels, C, config.width, config.blocks, **last)
-    unet = {key: getattr(config, key) for key in ("width", "mult", "blocks", "attention", "dropout")}
-    return method, process, nets.UNet(channels, C, **unet, **last)
+        sees = process.n * C
+        times = dict(T=max(process.first, process.last), t_data=process.data_time)
+    classes = facts["labels"] if config.classes else 0
+
+    # a network of your own goes here: net(m, t, label=None) -> (B, C, ...), see nets.py
+    if size:
+        shape = dict(mult=config.mult, blocks=config.blocks, attention=config.attention)
+        net = nets.UNet(
+            sees, C, config.width, dropout=config.dropout, classes=classes, **shape, **times
+        )
+    else:
+        net = nets.MLP(sees, C, config.width, config.blocks, classes=classes, **times)
+    return page, process, net
 
 
-def load_checkpoint(path=None):
-    """What `train` saved, with `config` a Config, and its `path`; path: the file or its folder, by default the newest
-    under runs/. UserError says what is wrong with a file."""
-    path = Path(path or max(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime, default="runs/*/ckpt.pt"))
-    path = path / "ckpt.pt" if path.is_dir() else path
+def load_data(config, ckpt):
+    """The data set, and its facts: those of the run, if one goes on. UserError if they differ."""
     try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():  # torch.load does not compare the checksums
-                raise ValueError("wrong checksum")
-        ckpt = torch.load(path, map_location="cpu", weights_only=True) | {"path": path}
-        if not {"optimizer", "step"} <= ckpt.keys() or not {"mean", "scale", "window", "counts"} <= ckpt["data"].keys():
-            raise ValueError("parts of it are missing")
-        ckpt["config"] = Config(**ckpt["config"])
-        net = build(ckpt["config"], ckpt["data"])[2]
-        for weights in (ckpt["net"], ckpt["ema"]):
-            net.load_state_dict(weights)
-            if not all(v.isfinite().all() for v in weights.values()):
-                raise ValueError("its weights are not finite numbers")
-    except Exception as e:  # whatever torch.load raises for a damaged file, and what a foreign one lacks
-        raise UserError(f"cannot use {path} as a checkpoint ({why(e):.150}): name another, or train first") from None
-    return ckpt
-
-
-def new_folder(config):
-    """The folder of a new run. mkdir is atomic, so no two runs get the same."""
-    base = config.out.removesuffix("/ckpt.pt") or f"runs/{config.method}-{Path(config.data).stem}"
-    for i in range(1, 10**6):
-        out = Path(base if i == 1 else f"{base}-{i}")
-        with suppress(FileExistsError):
-            out.mkdir(parents=True, exist_ok=bool(config.out) and not any(out.glob("*")))
-            return out
-        if config.out:
-            raise UserError(f"{out} is not empty: --resume goes on with a run, or choose another --out")
+        dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
+    except UserError as error:
+        anew = "name the data anew by --data: " if ckpt else ""
+        raise UserError(f"{anew}{error}") from None
+    facts = dataset.summary()
+    facts["noise"] = noise_levels(facts["kind"])
+    if config.classes and not facts["labels"]:
+        reason = dataset.no_labels or "it is without"
+        raise UserError(f"{config.data} has no labels for --classes to learn: {reason}")
+    if ckpt:
+        check_same(facts, ckpt["data"], config.data)
+        facts = ckpt["data"]
+    return dataset, facts
 
 
 def check_same(found, facts, name):
     """UserError if what was found of the data is not what the run knows of them."""
     for key in ("shape", "labels", "shift", "scale", "std", "mean"):
         unit = facts["scale"] if key in ("shift", "scale") else 1.0
-        new, old = (torch.as_tensor(v[key], dtype=torch.float64) for v in (found, facts))
+        new = torch.as_tensor(found[key], dtype=torch.float64)
+        old = torch.as_tensor(facts[key], dtype=torch.float64)
         if new.shape != old.shape or ((new - old).abs() > 1e-5 * unit).any():
-            raise UserError(f"{name} is not the run's data: its {key} is {found[key]!s:.50}, not {facts[key]!s:.50}")
+            differs = f"its {key} is {found[key]!s:.50}, not {facts[key]!s:.50}"
+            raise UserError(f"{name} is not the run's data: {differs}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def new_folder(config):
+    """The folder of a new run. mkdir is atomic, so no two runs get the same."""
+    base = config.out.removesuffix("/ckpt.pt") or f"runs/{config.method}-{Path(config.data).stem}"
+    out = Path(base)
+    number = 1
+    try:
+        if config.out and out.is_dir() and not any(out.iterdir()):
+            return out
+        while True:
+            try:
+                out.mkdir(parents=True)
+                return out
+            except FileExistsError:
+                if config.out:
+                    raise UserError(f"{out} is taken: --resume, or choose another --out") from None
+            number += 1
+            out = Path(f"{base}-{number}")
+    except OSError as error:
+        raise UserError(f"cannot make {out} ({why(error)}): choose another --out") from None
+
+
+# -------------------------------------------------------------------------------------------------
+# Checkpoints. What an update draws depends on seed, step and process: no generator is kept
+
+LAYOUT = 2  # 1: without this number, `bend` and `noise`
+
+
+def save(out, config, facts, net, average, optimizer, step, held_out, bend, minutes):
+    """ckpt.pt, whole or not at all."""
+    state = dict(
+        layout=LAYOUT,
+        config=asdict(config),
+        data=facts,
+        net=net.state_dict(),
+        ema=average.state_dict(),
+        optimizer=optimizer.state_dict(),
+        step=step,
+        held_out=held_out,
+        bend=bend,  # of the learned grid, extras/clock.py
+        minutes=minutes,  # of the schedule that are over
+    )
+    write_files({out / "ckpt.pt": partial(torch.save, state)})
+
+
+def load_checkpoint(path=None):
+    """What `save` wrote, with `config` a Config, and its `path`. path: the file or its folder, by
+    default the newest under runs/. UserError says what is wrong with a file."""
+    if not path:
+        runs = sorted(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)
+        if not runs:
+            raise UserError("no run under runs/ yet: train first, or name a checkpoint")
+        path = runs[-1]
+    path = Path(path)
+    if path.is_dir():
+        path = path / "ckpt.pt"
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not compare the checksums
+                raise ValueError("it is damaged")
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        check_parts(ckpt)
+    except Exception as error:  # whatever zipfile and torch.load raise for a damaged file
+        text = f"cannot use {path} as a checkpoint ({why(error):.150})"
+        raise UserError(f"{text}: name another, or train first") from None
+    ckpt["config"] = Config(**ckpt["config"])
+    return dict(bend=None, minutes=0.0) | ckpt | dict(path=path)
+
+
+def check_parts(ckpt):
+    """ValueError for a checkpoint of another program or version, or with broken weights."""
+    if not {"config", "net"} <= ckpt.keys():
+        raise ValueError("another program wrote it")
+    if ckpt.get("layout", 1) > LAYOUT:
+        raise ValueError("a newer version of this program wrote it")
+    if not ("optimizer" in ckpt and {"mean", "window", "counts"} <= ckpt["data"].keys()):
+        raise ValueError("an older version of this program wrote it")
+    for weights in (*ckpt["net"].values(), *ckpt["ema"].values()):
+        if not weights.isfinite().all():
+            raise ValueError("its weights are not finite numbers")
+
+
+def load_weights(net, weights, path):
+    """Weights of a checkpoint into a net. UserError if `build` makes another net by now."""
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        text = f"the weights of {path} are not those of the net that `build` makes"
+        raise UserError(f"{text} ({why(error):.150}): was it edited since?") from None
+
+
+# -------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun: each takes its part of a batch, the first one writes
+
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0
+
+
+def in_parallel(net):
+    """The net, which averages its gradients over all processes."""
+    if WORLD == 1:
+        return net
+    distributed.init_process_group()
+    return torch.nn.parallel.DistributedDataParallel(net)
+
+
+def over_all(tensor, op=distributed.ReduceOp.SUM):
+    """The sum, or another reduction, of a tensor over all processes."""
+    if WORLD > 1:
+        tensor = tensor.clone()
+        distributed.all_reduce(tensor, op)
+    return tensor
+
+
+# -------------------------------------------------------------------------------------------------
+# Signals, time, log
+
+
+class Stopping:
+    """In this context a signal to stop is remembered, and the work at hand ends first. Signals that
+    were ignored before stay so; all are as before when it is left."""
+
+    def __enter__(self):
+        self.number = 0
+        self.former = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self  # no other thread may set handlers
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                self.former[number] = signal.signal(number, self.remember)
+        return self
+
+    def remember(self, number, frame):
+        self.number = number
+
+    def __exit__(self, *error):
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def anywhere(self):
+        """The signal that came to any of the processes, or 0: one ends all."""
+        return int(over_all(torch.tensor(self.number), distributed.ReduceOp.MAX))
+
+
+class Pace:
+    """How much of a run is done: by updates, or with --minutes by the clock, whatever else the
+    machine does. minutes: of the clock's schedule that are over."""
+
+    def __init__(self, config, start, minutes):
+        self.config = config
+        self.began = time.perf_counter() - 60 * minutes
+        self.recent = [(start, time.perf_counter())]  # (step, time) of lines of the last minute
+        self.parts = int(6 * self.share(start))
+
+    def minutes(self):
+        return (time.perf_counter() - self.began) / 60
+
+    def share(self, step):
+        """From 0 at the start to 1 at the end."""
+        share = step / self.config.steps
+        if self.config.minutes:
+            share = self.minutes() / self.config.minutes
+            share = float(over_all(torch.tensor(share), distributed.ReduceOp.MAX))
+        return min(1.0, share)
+
+    def saves(self, step, share):
+        """Whether to save now: every --save-every updates, by default at each sixth of the run."""
+        if self.config.save_every and not self.config.minutes:
+            return share == 1 or step % self.config.save_every == 0
+        parts = int(6 * share)
+        is_new = parts > self.parts
+        self.parts = parts
+        return is_new
+
+    def look(self, step):
+        """Updates a second over the last minute, and the minutes that are left."""
+        now = time.perf_counter()
+        while len(self.recent) > 1 and now - self.recent[1][1] > 60:
+            self.recent.pop(0)
+        first, since = self.recent[0]
+        self.recent.append((step, now))
+        speed = (step - first) / max(now - since, 1e-9)
+        left = (self.config.steps - step) / speed / 60
+        if self.config.minutes:
+            left = max(0.0, self.config.minutes - self.minutes())
+        return speed, left
+
+
+class Log:
+    """Lines on the terminal and in the run's log.txt; where one of them is lost or full, the other
+    goes on. Losses are added up on the device: to read each would wait for each update."""
+
+    def __init__(self, path, device):
+        self.file = open(path, "a", errors="replace") if RANK == 0 else None  # noqa: SIM115
+        self.device = device
+        self.clear()
+
+    def clear(self):
+        self.loss = torch.zeros((), device=self.device)
+        self.norm = torch.zeros((), device=self.device)
+        self.updates = 0
+
+    def say(self, line):
+        if RANK:
+            return
+        with suppress(OSError, ValueError, AttributeError):  # a closed terminal, none at all
+            print(line, flush=True)
+        with suppress(OSError, ValueError):  # a full disk
+            while HEARD:
+                print(f"warning: {HEARD.pop(0)}", file=self.file)
+            print(line, file=self.file, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------
 # Training
 
 
-def draw_picture(path, facts, method, process, net, device, part):
-    """As many as sample.py draws, by `ode`, from the same noise at every save; part: samples that fit the memory."""
-    shape = 10_000 if facts["kind"] == "points" else 64, *facts["shape"]
-    predict = partial(method.denoise, process, net)
-    states = process.prior(shape, torch.Generator().manual_seed(0)).split(part)
-    x = torch.cat([method.ode(process, predict, m.to(device), 20, facts["mean"]).cpu() for m in states])
-    data.write_png(path, data.picture(data.finish(x, facts), facts))
-
-
-@torch.no_grad()
-def held_out_loss(config, method, process, net, dataset, part):
-    """The loss on up to 512 held-out samples, with the same noise each time; nan where there are none."""
-    torch.manual_seed(0)
-    rows, total = torch.linspace(0, len(dataset.test) - 1, min(512, len(dataset.test))).long(), 0.0
-    for some in rows.split(part):
-        x, label = (v if v is None else v.to(dataset.device) for v in dataset.held_out(some))
-        total += len(some) * float(method.loss(process, net, x, label if config.classes else None))
-    return total / len(rows) if len(rows) else math.nan
-
-
 def train(config, ckpt=None):
-    """A run, from its first or next update to the last one or to a signal."""
-    device, (part, rest) = pick_device(config.device), divmod(config.batch, config.accum * WORLD)
+    """A run, from its first or next update to its last one, or to a signal."""
+    device = pick_device(config.device)
+    part, rest = divmod(config.batch, config.accum * WORLD)
     if rest:
-        raise UserError(f"--batch {config.batch} must be a multiple of --accum times the number of processes")
-    try:
-        dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
-    except UserError as e:
-        raise UserError(f"{'name the data anew by --data: ' if ckpt else ''}{e}") from None
-    facts, start = dataset.summary(), 0
-    if config.classes and not facts["labels"]:
-        raise UserError(f"{config.data} has no labels for --classes to learn: {dataset.no_labels}")
-    if ckpt:
-        check_same(facts, ckpt["data"], config.data)
-        facts, start = ckpt["data"], ckpt["step"]
-    torch.manual_seed(config.seed)
-    method, process, net = build(config, facts)
-    net, dataset = net.to(device), dataset.to(device)
-    ema = copy.deepcopy(net).requires_grad_(False).eval()
-    params, averages = list(net.parameters()), list(ema.parameters())
-    optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
-    for one, key in ((net, "net"), (ema, "ema"), (optimizer, "optimizer")) if ckpt else ():
-        one.load_state_dict(ckpt[key])
-    served = torch.compile(net) if config.compile else net  # shares its weights
-    if WORLD > 1:
-        dist.init_process_group()
-        served = torch.nn.parallel.DistributedDataParallel(served)
-    out = ckpt["path"].parent if ckpt else Path(config.out) if RANK else new_folder(config)
-    log = open(os.devnull if RANK else out / "log.txt", "a", errors="replace")  # noqa: SIM115
+        raise UserError("--batch must be a multiple of --accum times the number of processes")
+    dataset, facts = load_data(config, ckpt)
+    page, process, net, average, optimizer = prepare(config, facts, ckpt, device)
+    step = start = saved = ckpt["step"] if ckpt else 0
+    bend = ckpt["bend"] if ckpt else None
+    served = torch.compile(net) if config.compile else net  # shares the weights of net
+    served = in_parallel(served)
+    dataset = dataset.to(device)
+
+    out = folder_of(config, ckpt)
+    log = Log(out / "log.txt", device)
+    pace = Pace(config, start, ckpt["minutes"] if ckpt else 0.0)
     announce(log, config, facts, process, net, dataset, start)
-    stop, both = [], (signal.SIGINT, signal.SIGTERM)  # the signals that came: the step and its save end first
-    former = [signal.signal(number, lambda number, _: stop.append(number)) for number in both]
+    trained = (config, facts, page, process, average)
+    share = pace.share(step)
+    halted = 0
+    with Stopping() as stopping:
+        while share < 1 and not halted:
+            # what an update draws depends on the seed, the update and the process alone
+            step += 1
+            torch.manual_seed(((config.seed * 1_000_003 + step) * 1009 + RANK) % 2**32)
 
-    step, since, began, seen = start, start, time.time(), torch.zeros(2, device=device)
-    while step < config.steps:
-        step += 1
-        torch.manual_seed(((config.seed * 1_000_003 + step) * 1009 + RANK) % 2**32)
-        warm, turn = min(1.0, step / max(config.warmup, 1)), math.pi * (step - 1) / config.steps
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * warm * (1 + math.cos(turn)) / 2  # linear warm-up, then a cosine to zero
-        optimizer.zero_grad()
-        for _ in range(config.accum):
-            x, label = dataset.batch(part)
-            if config.classes:  # one in ten becomes "no class", which guidance needs (Ho & Salimans 2022)
-                label = torch.where(torch.rand(part).to(device) < 0.1, facts["labels"], label)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-                loss = method.loss(process, served, x, label if config.classes else None) / config.accum
-            loss.backward()
-            seen[0] += loss.detach()  # on the device: to read it would wait for each step
-        seen[1] += torch.nn.utils.clip_grad_norm_(params, config.clip)
-        optimizer.step()
-        with torch.no_grad():  # its decay ramps up, so that the average forgets the first, random weights
-            torch._foreach_lerp_(averages, params, 1 - min(config.ema, step / (9 + step)))
+            # learning rate: linear warm-up, then a cosine to zero
+            warm = min(1.0, step / max(config.warmup, 1))
+            cosine = (1 + math.cos(math.pi * share)) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * warm * cosine
 
-        speed = (step - start) / (time.time() - began)
-        if step == 20 and config.minutes:
-            steps = together(torch.tensor(60 * config.minutes * speed), dist.ReduceOp.MIN)
-            config = replace(config, steps=max(20, int(steps)))
-        halt = int(together(torch.tensor(max(stop, default=0)), dist.ReduceOp.MAX))  # a signal to one ends all
-        saves = halt or step == config.steps or step % config.save_every == 0
-        if saves or step % config.log_every == 0 or step == start + 3:
-            mean, norm = (together(seen, dist.ReduceOp.SUM) / (step - since) / WORLD).tolist()
-            if not math.isfinite(mean + norm):
-                raise UserError(f"loss {mean:g} at step {step}: lower --lr or --clip; {out} has the last good weights")
-            line = f"step {step} loss {mean:.5f} grad {norm:.3f} it/s {speed:.2f} images/s {speed * config.batch:.0f}"
-            if saves:
-                held_out = held_out_loss(config, method, process, ema, dataset, part)
-                line += f" held-out {held_out:.5f}"
-            left = (config.steps - step) / speed / 60
-            say(log, f"{line} minutes left {left:.1f}")
-            if step == start + 3 and left > 24 * 60:
-                say(log, f"that is {left / 1440:.1f} days: lower --steps, --width or --size, or give --minutes")
-            since, seen = step, torch.zeros(2, device=device)
-        if saves and RANK == 0:
-            state = dict(config=asdict(config), data=facts, net=net.state_dict(), ema=ema.state_dict())
-            state |= dict(optimizer=optimizer.state_dict(), step=step, held_out=held_out)
-            data.write_files({out / "ckpt.pt": partial(torch.save, state)})
-        if RANK == 0 and (saves or step == max(config.steps // 10, 1)):
-            draw_picture(out / f"step-{step:07d}.png", facts, method, process, ema, device, part)
-        if halt and step < config.steps:
-            say(log, f"stopped at step {step}, which is saved: python {sys.argv[0]} --resume --out '{out}' goes on")
-            sys.exit(128 + halt)
-    for number, handler in zip(both, former, strict=True):
-        signal.signal(number, handler)
-    say(log, f"done: {out}; next: python {Path(sys.argv[0]).with_name('sample.py')} --ckpt '{out}'")
+            # gradients, in parts that fit the memory
+            optimizer.zero_grad()
+            for _ in range(config.accum):
+                x, label = dataset.batch(part)
+                label = forget_some(label, facts["labels"]) if config.classes else None
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
+                    loss = page.loss(process, served, x, label) / config.accum
+                loss.backward()
+                log.loss += loss.detach()
+
+            # the update
+            log.norm += torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
+            log.updates += 1
+            optimizer.step()
+            follow(average, net, min(config.ema, step / (9 + step)))
+
+            # where the run stands
+            share = pace.share(step)
+            halted = stopping.anywhere()
+            saves = pace.saves(step, share) or halted
+
+            # log
+            if saves or step % config.log_every == 0 or step == start + 3:
+                line = report(log, config, pace, step, out)
+                if saves:
+                    held_out = held_out_loss(*trained, dataset)
+                    line += f" held-out {held_out:.5f}"
+                log.say(line)
+                log.clear()
+            if step == start + 3:
+                log.say(outlook(config, *pace.look(step)))
+
+            # checkpoint and picture; the first picture comes early
+            if saves and RANK == 0:
+                is_cheap = config.batch * (step - saved) > 10_000  # beside the updates since
+                if is_cheap or halted or share == 1:
+                    bend = learned_bend(log, *trained)
+                minutes = pace.minutes()
+                save(out, config, facts, net, average, optimizer, step, held_out, bend, minutes)
+                saved = step
+            if RANK == 0 and (saves or step == max(config.steps // 20, 1)):
+                draw_picture(*trained, out / f"step-{step:07d}.png")
+    if halted and share < 1:
+        log.say(f"stopped at step {step}, which is saved: --resume --out '{out}' goes on")
+        sys.exit(128 + halted)
+    if step == start:
+        log.say("nothing is left to do: --resume with a larger --steps, or --minutes, goes on")
+    log.say(f"done: {out}; next: python sample.py --ckpt '{out}'")
+
+
+def prepare(config, facts, ckpt, device):
+    """The network, the average of its weights, and the optimizer, new or as a checkpoint has them;
+    before them the method's page and the process."""
+    torch.manual_seed(config.seed)
+    page, process, net = build(config, facts)
+    net = net.to(device)
+    if device.type == "cuda" and len(facts["shape"]) == 3:
+        net = net.to(memory_format=torch.channels_last)  # in which convolutions are faster
+    average = copy.deepcopy(net).requires_grad_(False).eval()
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(net.parameters(), config.lr, weight_decay=0.01, fused=fused)
+    if ckpt:
+        load_weights(net, ckpt["net"], ckpt["path"])
+        load_weights(average, ckpt["ema"], ckpt["path"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+    return page, process, net, average, optimizer
+
+
+def folder_of(config, ckpt):
+    """The run's folder: that of the checkpoint, or a new one, which the first process makes."""
+    if ckpt:
+        return ckpt["path"].parent
+    if RANK:
+        return Path(config.out)
+    return new_folder(config)
 
 
 def announce(log, config, facts, process, net, dataset, start):
-    """The first lines of a run."""
-    if dataset.device.type == "cpu" and max(facts["shape"][1:], default=0) > 12:
-        gpu = " ".join(f"{key} {value}" for key, value in preset_for(facts["shape"], "cuda").items())
-        say(log, f"the defaults are a CPU's; on a GPU: {gpu}")
-    size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters, steps {start}-{config.steps}"
-    say(log, f"{process}{', from a denoiser that any method and order can use' * (config.target == 'data')}")
-    say(log, f"{len(dataset.train)} samples {facts['shape']} of {config.data}; {type(net).__name__}, {size}")
+    """The first lines of a run: what is trained on what, and what to expect of it."""
+    log.say(str(process))
+    if config.target == "data":
+        log.say("it learns to remove noise: sample.py draws from it by any method and order")
+    log.say(f"{config.data}: {data.describe(dataset)}")
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    until = f"{config.minutes:g} minutes" if config.minutes else f"update {config.steps}"
+    log.say(f"{type(net).__name__} of {size:.2f}M parameters, from update {start}, for {until}")
+    names = [f"{i} {name}" for i, name in enumerate(facts["names"])]
     if config.classes:
-        say(log, "classes: " + ", ".join(f"{i} {name}" for i, name in enumerate(facts["names"])))
+        log.say("classes: " + ", ".join(names))
+    elif names:
+        log.say(f"--classes would learn the {len(names)} classes: samples by class are better")
+
+    # what pictures of that size needed in our runs
+    side = max(facts["shape"][1:], default=0)
+    if dataset.device.type != "cpu" or side <= 12:
+        return
+    if side <= 20:
+        log.say("pictures of 16 pixels were good after half an hour on one core, by class")
+    else:
+        log.say("pictures of 32 pixels were blobs after half an hour on one core: try --size 16")
+    gpu = preset_for(facts["shape"], "cuda")
+    log.say("on a GPU the defaults are: " + " ".join(f"{key} {gpu[key]}" for key in gpu))
 
 
-def together(value, op):
-    """A tensor of all processes: their sum, least or largest."""
-    if WORLD > 1:
-        dist.all_reduce(value, op)
-    return value
+def forget_some(label, none):
+    """Labels (B,) of which one in ten is `none`, no class, which guidance needs (Ho & Salimans)."""
+    forgotten = torch.rand(len(label)).to(label.device) < 0.1
+    return torch.where(forgotten, none, label)
 
 
-def say(log, line):
-    """A line to the terminal and to the run's log; where one is lost or full, the other goes on."""
-    for stream in () if RANK else (sys.stdout, log):
-        with suppress(OSError, ValueError):
-            print(line, file=stream, flush=True)
+@torch.no_grad()
+def follow(average, net, decay):
+    """average <- decay average + (1 - decay) net. The decay of a young run is small: its first,
+    random weights are forgotten soon."""
+    for a, p in zip(average.parameters(), net.parameters(), strict=True):
+        a.lerp_(p, 1 - decay)
 
 
-def run(body):
-    """Runs a script's body: what an ordinary user meets is one line on stderr, and an exit status not 0."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {why(message)}\n"
-    if hasattr(sys.stdout, "reconfigure"):  # a console that cannot show the name of a class
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        body()
-    except KeyboardInterrupt as e:
-        sys.exit(128 + (e.args or [signal.SIGINT])[0])
-    except (UserError, ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as e:
-        text = why(e)
-        if "memory" in text or isinstance(e, MemoryError):
-            text = f"out of memory: lower --batch, --width or --n, or raise --accum ({text:.80})"
-        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            text = f"cannot compile the net ({text:.80}): leave out --compile"
-        sys.exit(1 if RANK and isinstance(e, UserError) else f"error: {text}")  # process 0 makes the same mistake
+def report(log, config, pace, step, out):
+    """The log line of an update, means since the line before. UserError for a loss that is not
+    finite: what is saved stays as it is."""
+    loss = float(over_all(log.loss)) / log.updates / WORLD
+    norm = float(over_all(log.norm)) / log.updates / WORLD
+    if not math.isfinite(loss + norm):
+        kept = "nothing was saved yet"
+        if (out / "ckpt.pt").exists():
+            kept = f"{out}/ckpt.pt has the last good weights"
+        raise UserError(f"loss {loss:g} at step {step}: lower --lr or --clip; {kept}")
+    speed, left = pace.look(step)
+    line = f"step {step} loss {loss:.5f} grad {norm:.3f} it/s {speed:.2f}"
+    return f"{line} images/s {speed * config.batch:.0f} minutes left {left:.1f}"
+
+
+def outlook(config, speed, left):
+    """A line that says what an update costs, when pictures come, and when the run ends."""
+    every = left / 6
+    if config.save_every and not config.minutes:
+        every = config.save_every / speed / 60
+    ends = time.strftime("%H:%M", time.localtime(time.time() + 60 * left))
+    line = f"an update takes {1 / speed:.3f} s: first picture in {left / 20:.1f} minutes, then one"
+    line += f" and a checkpoint every {every:.1f}; the run ends in {left:.1f}, at {ends}"
+    if left > 24 * 60:
+        line += f": {left / 1440:.1f} days; lower --steps, --width or --size, or give --minutes"
+    return line
+
+
+def parts_of(facts):
+    """How many samples a network is asked about at once, outside of training."""
+    return 10_000 if facts["kind"] == "points" else 16
+
+
+@torch.no_grad()
+def held_out_loss(config, facts, page, process, net, dataset):
+    """The loss on up to 512 held-out samples, with the same noise each time; nan without any."""
+    torch.manual_seed(0)
+    n = min(512, len(dataset.test))
+    rows = torch.linspace(0, len(dataset.test) - 1, n).long()
+    total = 0.0
+    for some in rows.split(parts_of(facts)):
+        x, label = dataset.held_out(some)
+        label = label.to(dataset.device) if config.classes else None
+        total += len(some) * float(page.loss(process, net, x.to(dataset.device), label))
+    return total / n if n else math.nan
+
+
+def learned_bend(log, config, facts, page, process, net):
+    """What the learned grid of `ode` is made of (extras/clock.py), by 40 calls for 16 samples."""
+    began = time.perf_counter()
+    m = process.prior((16, *facts["shape"]), torch.Generator().manual_seed(0))
+    m = m.to(next(net.parameters()).device)
+    predict = partial(page.denoise, process, net)
+    lam, size = clock.bend(page, process, predict, m, facts["mean"])
+    log.say(f"learned the grid of ode in {time.perf_counter() - began:.1f} s")
+    return dict(lam=lam.tolist(), size=size.tolist())
+
+
+def draw_picture(config, facts, page, process, net, path):
+    """64 images, at least 8 of each class, or 10,000 points, from the same noise each time."""
+    n = 10_000 if facts["kind"] == "points" else 64
+    device = next(net.parameters()).device
+    labels = None
+    if config.classes:
+        there = [i for i, count in enumerate(facts["counts"]) if count][:32]
+        labels = torch.tensor(there).repeat(math.ceil(max(n / len(there), 8)))
+        n = len(labels)
+    states = process.prior((n, *facts["shape"]), torch.Generator().manual_seed(0))
+    drawn = []
+    for rows in torch.arange(n).split(parts_of(facts)):
+        predict = partial(page.denoise, process, net)
+        mean = facts["mean"]
+        if config.classes:
+            predict = partial(predict, label=labels[rows].to(device))
+            mean = None  # theirs is another
+        drawn.append(page.ode(process, predict, states[rows].to(device), 20, mean).cpu())
+    samples = data.finish(torch.cat(drawn), facts)
+    write_png(path, data.picture(samples, facts, labels))
 
 
 def main(argv=None):

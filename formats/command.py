@@ -1,0 +1,127 @@
+"""Command lines: a dataclass of options makes one, and what a user meets is one line.
+
+@dataclass(frozen=True)
+class Config(Options):
+    steps: int = option(1000, "updates", low=1, high=10**9)
+
+args = parser(Config(), __doc__).parse_args(argv)      # --steps N
+run(lambda: work(Config(**vars(args))))                # a UserError ends it in one line
+"""
+
+import argparse
+import signal
+import sys
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from formats.files import UserError, why
+
+
+def option(default, help, low=None, high=None, choices=(), may_change=False, kind=None):
+    """A field and an option of the same name; kind: the type of a value, by default that of the
+    default. may_change: a resumed run may have another value."""
+    if kind is None:
+        kind = str if default is None else type(default)
+    about = dict(help=help, low=low, high=high, choices=choices, kind=kind, may_change=may_change)
+    return field(default=default, metadata=about)
+
+
+def flag(name):
+    """The option of a field: class_ is --class, png_dir is --png-dir."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Fields made by `option`. UserError for a value out of range."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            several = value if isinstance(value, tuple) else (value,)
+            for v in several:
+                check(f, v)
+
+
+def check(f, value):
+    """UserError for a value that the option of field f does not take."""
+    about = f.metadata
+    if value is None or value == f.default:
+        return
+    if about["low"] is not None and not about["low"] <= value <= about["high"]:
+        limits = f"from {about['low']:g} to {about['high']:g}"
+        raise UserError(f"{flag(f.name)} must be {limits}, got {value!r:.40}")
+    if about["choices"] and value not in about["choices"]:
+        choices = ", ".join(about["choices"])
+        raise UserError(f"{flag(f.name)} must be one of {choices}, got {value!r:.40}")
+
+
+def parser(defaults, doc):
+    """A command line with an option for each field of `defaults`; a mistake is a UserError."""
+    p = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
+
+    def refuse(message):
+        raise UserError(f"{why(message)}; --help shows the options")
+
+    p.error = refuse
+    for f in fields(defaults):
+        value = getattr(defaults, f.name)
+        about = f.metadata
+        shown = "" if value in (None, "", ()) else f" (default: {value})"
+        how = dict(dest=f.name, default=value, help=about["help"] + shown)
+        if about["kind"] is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["type"] = about["kind"]
+            how["metavar"] = "|".join(about["choices"]) or None
+        if isinstance(value, tuple):
+            how["nargs"] = "*"
+        p.add_argument(flag(f.name), **how)
+    return p
+
+
+# -------------------------------------------------------------------------------------------------
+
+HEARD = []  # warnings so far, for log.txt
+
+
+def run(body):
+    """Runs a script's body. A UserError, a lack of memory or of a compiler is one line on stderr,
+    and an exit status that is not 0. Any other error keeps its traceback."""
+    former = warnings.showwarning
+    warnings.showwarning = hear
+    if hasattr(sys.stdout, "reconfigure"):  # a console that cannot show the name of a class
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        body()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if is_of_memory(error):
+            fix = "lower --batch, --width or --n, or raise --accum"
+            sys.exit(f"error: out of memory: {fix} ({why(error):.80})")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(f"error: cannot compile the net ({why(error):.80}): leave out --compile")
+        raise
+    finally:
+        warnings.showwarning = former
+
+
+def hear(message, *where, **more):
+    """A warning on one line, which goes to log.txt, too."""
+    HEARD.append(why(message))
+    with suppress(OSError, ValueError, AttributeError):  # no terminal
+        print(f"warning: {why(message)}", file=sys.stderr)
+
+
+def is_of_memory(error):
+    """Whether memory ran out. On a CPU torch has no type of its own for that, but its allocator
+    signs the message."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)

@@ -25,6 +25,7 @@ import difflib
 import math
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,12 +93,12 @@ class Dataset:
 
     def to(self, device):
         """The same with batches on that device. Rows and what is held out stay on the CPU."""
-        moved = {"device": torch.device(device)}
+        moved = replace(self, device=torch.device(device))
         if torch.is_tensor(self.train):
-            moved["train"] = self.train.to(device)
+            moved.train = self.train.to(device)
         if self.train_labels is not None:
-            moved["train_labels"] = self.train_labels.to(device)
-        return replace(self, **moved)
+            moved.train_labels = self.train_labels.to(device)
+        return moved
 
     def units(self, x):
         """Samples as they are kept -> network units."""
@@ -118,17 +119,14 @@ class Dataset:
         if self.flip:
             mirrored = send(torch.rand(n) < 0.5, self.device)
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-        if self.train_labels is None:
-            return self.units(x), None
-        return self.units(x), self.train_labels[index_there]
+        label = None if self.train_labels is None else self.train_labels[index_there]
+        return self.units(x), label
 
     def held_out(self, rows):
         """Held-out samples in network units, and their labels or None, on the CPU. rows: a slice,
         or indices."""
-        x = self.units(self.test[rows])
-        if self.test_labels is None:
-            return x, None
-        return x, self.test_labels[rows]
+        label = None if self.test_labels is None else self.test_labels[rows]
+        return self.units(self.test[rows]), label
 
     def held_out_name(self, i):
         """The file of held-out sample i where there is one, or its number in words."""
@@ -226,23 +224,18 @@ def finish(x, facts):
 # Words and pictures
 
 
-def counted(n, noun):
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
 def describe(dataset):
     """How many training samples there are, and of what size: channels and sides by name."""
     n = len(dataset.train)
-    channels = counted(dataset.shape[0], "channel")
-    if dataset.kind == "points":
-        return f"{counted(n, 'point')} of {counted(dataset.shape[0], 'number')}"
-    height, width = dataset.shape[1:]
+    C, *sides = dataset.shape
+    if not sides:
+        return f"{n} points of {C} number{'s' if C > 1 else ''}"
+    height, width = sides
+    channels = f"{C} channel{'s' if C > 1 else ''}"
     if width == 1:
         return f"{n} series of length {height} with {channels}"
-    sides = f"{height} x {width} pixels"
-    if height != width:
-        sides += " (height x width)"
-    return f"{counted(n, 'image')} of {sides}, {channels}"
+    order = "" if height == width else " (height x width)"
+    return f"{n} images of {height} x {width} pixels{order}, {channels}"
 
 
 def picture(array, facts, labels=None, columns=None):
@@ -345,103 +338,89 @@ def load(name, data_dir=None, flip=None, size=0):
         train = draw(10_000, generator)
         test = draw(10_000, generator)
         return Dataset(name, "points", train, test, draw=draw)
-    if name == "digits":
-        array, labels, _ = read_array(DIGITS_FILE)
-        dataset = samples(DIGITS_FILE, array, labels, held_out=slice(4, None, 5))
-    elif name in OFFICIAL:
-        folder = Path(data_dir).expanduser() if data_dir else None
-        dataset = samples(Path(name), **official.load(name, folder))
+    if name in OFFICIAL:
+        path = Path(name)
+        found = official.load(name, data_dir and Path(data_dir).expanduser())
+    elif name == "digits":
+        path = DIGITS_FILE
+        found = read_array(path) | {"held_out": slice(4, None, 5)}
     else:
         path = path_of(name, size)
-        if path.suffix in ARRAYS:
-            dataset = samples(path, *read_array(path))
-        else:
-            dataset = samples(path, **pictures.load(path, size))
-    return replace(dataset, flip=flip and dataset.kind != "points")
+        found = read_array(path) if path.suffix in ARRAYS else pictures.load(path, size)
+    dataset = samples(path, **found)
+    dataset.flip = flip and dataset.kind != "points"
+    return dataset
 
 
 def shape_of(name, size=0):
     """Shape of one sample, (C, H, W) or (D,), of the data set or file of that name. For pictures,
     unread, C is 3."""
-    path = None
-    if name not in SHAPES:
-        path = path_of(name, size)
-        if path.suffix not in ARRAYS:
-            return (3, size, size)
+    path = None if name in SHAPES else path_of(name, size)
+    if path and path.suffix not in ARRAYS:
+        return (3, size, size)
     if size:
-        raise UserError(
-            f"--size {size} is for a folder or zip of pictures, {name} is neither: leave --size out"
-        )
+        fix = f"is for a folder or zip of pictures, {name} is neither: leave --size out"
+        raise UserError(f"--size {size} {fix}")
     if path is None:
         return SHAPES[name]
-    array, _ = as_samples(path, read_array(path)[0])
+    array, _ = as_samples(path, read_array(path)["array"])
     _, *sides, channels = array.shape
     return (channels, *sides)
 
 
 def path_of(name, size):
-    """The array file, or the folder or zip of pictures, of that name. UserError if there is none."""
+    """The array file, or the folder or zip of pictures, of that name; UserError if none is."""
     path = Path(name).expanduser()
     wanted = f"give {', '.join(NAMES)}, an .npy/.npz file, a folder or zip of pictures"
     if not path.exists():
-        near = difflib.get_close_matches(
-            name.lower(), [*NAMES, *map(str, path.parent.glob("*"))], 1
-        )
+        neighbours = [str(neighbour) for neighbour in path.parent.glob("*")]
+        near = difflib.get_close_matches(name.lower(), NAMES + neighbours, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"no such file or folder, and no data set {name!r}{hint}: {wanted}")
-    if path.suffix in ARRAYS and not path.is_dir():
-        return path
-    if not path.is_dir() and path.suffix.lower() != ".zip":
+    if path.is_file() and path.suffix not in (*ARRAYS, ".zip", ".ZIP"):
         raise UserError(f"{path} is no data: {wanted}")
-    if not size:
-        raise UserError(
-            f"{path} is for pictures: add --size, the pixels a side that they are brought to, say 64"
-        )
+    if path.suffix not in ARRAYS and not size:
+        fix = "add --size, the pixels a side that they are brought to, say 64"
+        raise UserError(f"{path} is for pictures: {fix}")
     return path
 
 
 def read_array(path):
-    """The samples of an .npy or .npz file, its `labels` or None, and the `names` of its classes or
-    (). Never unpickles, never guesses."""
+    """Of an .npy or .npz file the samples, `array`, and if it has them, the `labels` and the
+    `names` of the classes. Never unpickles, never guesses."""
     try:
         with path.open("rb") as file:  # numpy would leave a broken zip open
             head = file.read(200)
             file.seek(0)
             if head.startswith(b"\x93NUMPY"):
                 refuse_objects(head)
-                return np.load(path, mmap_mode="r", allow_pickle=False), None, ()
+                return {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
             loaded = np.load(file, allow_pickle=False)
-            keys = [key for key in loaded.files if key not in ("labels", "names")]
-            chosen = [key for key in keys if len(keys) == 1 or key in ("images", "x")]
+            keys = set(loaded.files) - {"labels", "names"}
+            chosen = keys if len(keys) == 1 else keys & {"images", "x"}
             if len(chosen) != 1:
                 held = ", ".join(loaded.files)
                 raise ValueError(f"it holds {held:.99}: call the samples images or x")
-            with loaded.zip.open(f"{chosen[0]}.npy") as member:
+            (key,) = chosen
+            with loaded.zip.open(f"{key}.npy") as member:
                 refuse_objects(member.read(200))
-            array = loaded[chosen[0]]
-            array.shape  # noqa: B018, a file that is no array has none
-            labels = loaded["labels"] if "labels" in loaded.files else None
-            names = loaded["names"].tolist() if "names" in loaded.files else ()
-    except UserError as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+            found = {"array": loaded[key]}
+            for name in {"labels", "names"} & set(loaded.files):
+                found[name] = loaded[name]
     except Exception as error:  # numpy and zipfile raise a dozen kinds
-        raise UserError(
-            f"cannot read {path} ({why(error)}): write it again with numpy.save or numpy.savez"
-        ) from None
+        fix = "write it again with numpy.save or numpy.savez"
+        raise UserError(f"cannot read {path} ({why(error)}): {fix}") from None
     if len(keys) > 1:
-        warnings.warn(
-            f"{path}: the samples are {chosen[0]}; the other arrays are not used", stacklevel=1
-        )
-    return array, labels, names
+        text = f"{path}: the samples are {key}; the other arrays are not used"
+        warnings.warn(text, stacklevel=1)
+    return found
 
 
 def refuse_objects(head):
-    """UserError where the header of an .npy says that its values are Python objects."""
+    """ValueError where the header of an .npy says that its values are Python objects."""
     if b"'|O'" in head:
-        raise UserError(
-            "it holds Python objects, as images of different sizes do: give one array,"
-            " by numpy.save or numpy.savez"
-        )
+        what = "it holds Python objects, as images of different sizes do: give one array"
+        raise ValueError(what)
 
 
 def as_samples(path, array):
@@ -457,19 +436,18 @@ def as_samples(path, array):
     if not array.size:
         raise UserError(f"{found} is empty: give at least one sample")
     if not (is_image or is_float):
-        raise UserError(f"{found}: convert images to uint8 (0..255), points to float32")
+        raise UserError(f"{found} is no data: convert images to uint8 (0..255), points to float32")
     if ndim == 2 and is_float:
         return array, "points"
     if ndim == 3 and (shape[2] in (1, 3) or shape[1] > shape[2] == 4):
         series = "; series are (N, L, 1, C)" if is_float else ""
         raise UserError(f"{found} may be one picture or many: give (N, H, W, C){series}")
-    if ndim not in (3, 4) and is_float:
+    if ndim not in (3, 4) or (is_image and shape[3:] not in ((), (1,), (3,))):
         raise UserError(
-            f"{found}: give points (N, D), images (N, H, W, C) or series (N, L, 1, C);"
-            " of a volume the slices can be channels, (N, H, W, slices)"
+            f"{found} is no data: images are uint8 (N, H, W) or (N, H, W, C), C 1 or 3; of floats,"
+            " points are (N, D), images (N, H, W, C), series (N, L, 1, C), and of a volume the"
+            " slices can be channels, (N, H, W, slices)"
         )
-    if ndim not in (3, 4) or (ndim == 4 and is_image and shape[3] not in (1, 3)):
-        raise UserError(f"{found}: images are (N, H, W) or (N, H, W, C), C 1 or 3")
     if ndim == 3:
         array = array[..., None]
     return array, "image" if is_image else "field"
@@ -478,7 +456,7 @@ def as_samples(path, array):
 def samples(path, array, labels=None, names=(), held_out=None, no_labels="", files=()):
     """The arrays of a file as a Dataset. held_out: rows; by default a fifth of all, drawn at random
     but always the same. files: the name of each row's file."""
-    original_shape = array.shape
+    as_given = array.shape
     array, kind = as_samples(path, array)
     n = len(array)
     if held_out is None:
@@ -489,16 +467,18 @@ def samples(path, array, labels=None, names=(), held_out=None, no_labels="", fil
     test_rows = np.flatnonzero(is_held_out)
 
     if kind == "image":
-        check_pixels(path, array)
-        shift = 0.0
-        scale = 1.0
-
-        def change(part):
-            return part.transpose(0, 3, 1, 2)
+        low = int(array.min())
+        high = int(array.max())
+        if low == high or high == 1:
+            fix = "255 is white, so multiply masks by 255"
+            raise UserError(f"{path} has pixels from {low} to {high}: {fix}")
+        units = {}
+        change = partial(np.moveaxis, source=-1, destination=1)
     else:
         if kind == "field":
-            warn_of_axes(path, original_shape)
+            warn_of_axes(path, as_given)
         shift, scale = standard(path, array, train_rows)
+        units = {"shift": torch.from_numpy(shift), "scale": scale}
 
         def change(part):
             return np.moveaxis(np.float32((part - shift) / scale), -1, 1)
@@ -508,34 +488,22 @@ def samples(path, array, labels=None, names=(), held_out=None, no_labels="", fil
     if array.nbytes <= LARGE:
         train = in_memory(train)
         test = in_memory(test)
-    dataset = Dataset(path.resolve().stem, kind, train, test, no_labels=no_labels)
+    dataset = Dataset(
+        path.resolve().stem, kind, train, test, names=[], no_labels=no_labels, **units
+    )
     if labels is not None:
         labels, dataset.names = check_labels(path, labels, names, n)
         dataset.train_labels = torch.from_numpy(labels[train_rows])
         dataset.test_labels = torch.from_numpy(labels[test_rows])
     if len(files):
         dataset.files = [files[row] for row in test_rows]
-    if kind != "image":
-        dataset.shift = torch.from_numpy(shift)
-        dataset.scale = scale
     return dataset
 
 
 def in_memory(rows):
     """Rows -> a tensor of all of them, converted some megabytes at a time."""
-    converted = [rows[:0]]
-    for _, part in parts(rows):
-        converted.append(part)
-    return torch.cat(converted)
-
-
-def check_pixels(path, array):
-    low = int(array.min())
-    high = int(array.max())
-    if low == high or high == 1:
-        raise UserError(
-            f"{path} has pixels from {low} to {high}: 255 is white, so multiply masks by 255"
-        )
+    converted = [part for _, part in parts(rows)]
+    return torch.cat([rows[:0], *converted])
 
 
 def check_labels(path, labels, names, n):
@@ -568,35 +536,24 @@ def standard(path, array, rows):
     kind = "axis" if array.ndim == 2 else "channel"
     values = Rows(array, rows, lambda part: part.astype(np.float64))
     n = len(rows) * math.prod(array.shape[1:-1])
-    total = 0
-    for _, part in parts(values):
-        total = total + part.flatten(0, -2).sum(0)
-    shift = total / n
-    square = 0
-    for _, part in parts(values):
-        square = square + (part.flatten(0, -2) - shift).square().sum(0)
+    shift = sum(part.flatten(0, -2).sum(0) for _, part in parts(values)) / n
+    square = sum((part.flatten(0, -2) - shift).square().sum(0) for _, part in parts(values))
     spread = (square / n).sqrt()
     scale = float(spread.square().mean().sqrt())
 
     is_finite = all(np.isfinite(part).all() for _, part in parts(array))
     if not is_finite or not math.isfinite(scale):
-        raise UserError(
-            f"{path} has values that are not finite, or too large: remove the rows with NaN or"
-            " infinity, or fill them, say with the mean"
-        )
+        fix = "remove the rows with NaN or infinity, or fill them, say with the mean"
+        raise UserError(f"{path} has values that are not finite, or too large: {fix}")
     if scale <= 1e-14 * float(shift.abs().max()):
-        raise UserError(
-            f"{path} is constant on every {kind}: there is nothing to learn,"
-            " give samples that differ"
-        )
+        fix = "there is nothing to learn, give samples that differ"
+        raise UserError(f"{path} is constant on every {kind}: {fix}")
     if spread.min() < spread.max() / 100:
         narrow = int(spread.argmin())
         wide = int(spread.argmax())
-        warnings.warn(
-            f"{path}: {kind} {narrow} spreads over {spread[narrow]:.3g}, {kind} {wide} spreads over"
-            f" {spread[wide]:.3g}, and one scale serves all: rescale if both matter",
-            stacklevel=2,
-        )
+        text = f"{path}: {kind} {narrow} spreads over {spread[narrow]:.3g}, {kind} {wide} over"
+        text += f" {spread[wide]:.3g}, and one scale serves all: rescale if both matter"
+        warnings.warn(text, stacklevel=2)
     some = values[:: 1 + values.array[0].size * len(rows) // 2**22]
     some = some.reshape(len(some), -1, array.shape[-1]).numpy()
     warn_of_fill(path, some)
@@ -605,23 +562,15 @@ def standard(path, array, rows):
 
 
 def warn_of_axes(path, shape):
-    """Fields whose axes may be in another order, or no fields at all."""
-    if len(shape) == 3:
-        if shape[1] != shape[2]:
-            warnings.warn(
-                f"{path}: {shape} taken for images (N, H, W): give (N, L, 1, C) if it is series of"
-                " length L with C channels",
-                stacklevel=2,
-            )
-        return
-    _, height, width, channels = shape
-    if channels >= min(height, width) and width > 1:
-        warnings.warn(
-            f"{path}: {shape} taken for (N, H, W, C), images of {height} x {width} pixels with"
-            f" {channels} channels: transpose it if it is (N, C, H, W); of a volume (N, D, H, W)"
-            " the slices along the last axis become channels",
-            stacklevel=2,
-        )
+    """Fields of shape (N, H, W) or (N, H, W, C) whose axes may be others."""
+    height, width = shape[1:3]
+    taken = f"{path}: {shape} taken for images of height {height} and width {width}"
+    if len(shape) == 3 and height != width:
+        fix = "give (N, L, 1, C) if it is series of length L with C channels"
+        warnings.warn(f"{taken}: {fix}", stacklevel=2)
+    if len(shape) == 4 and shape[3] >= min(height, width) and width > 1:
+        fix = "transpose it if it is (N, C, H, W); the slices of a volume (N, D, H, W) are channels"
+        warnings.warn(f"{taken} with {shape[3]} channels: {fix}", stacklevel=2)
 
 
 def warn_of_fill(path, some):

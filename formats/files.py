@@ -42,19 +42,18 @@ def write_files(files, fix="make room, or choose another folder"):
         raise UserError(f"cannot write {path} ({why(error)}): {fix}") from None
     finally:
         for name in temporary.values():
-            name.unlink(missing_ok=True)
+            if name.exists():
+                name.unlink()
 
 
 def cache_dir():
     """The folder for downloads and converted pictures. It may be deleted at any time."""
     folder = os.environ.get("XDG_CACHE_HOME")
     try:
-        base = Path(folder) if folder else Path.home() / ".cache"
+        return Path(folder or Path.home() / ".cache") / "phase-ref"
     except RuntimeError:  # HOME is not set, and the system does not know this user
-        raise UserError(
-            "there is no home folder for the cache: set XDG_CACHE_HOME to a folder"
-        ) from None
-    return base / "phase-ref"
+        fix = "set XDG_CACHE_HOME to a folder"
+        raise UserError(f"there is no home folder for the cache: {fix}") from None
 
 
 def cached(source, size, files, pictures, state):

@@ -26,15 +26,11 @@ FASHION = {
         "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
     ),
 }
-FASHION_NAMES = (
-    ["T-shirt/top"]
-    + "Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag".split()
-    + ["Ankle boot"]
-)
+CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170,052,171 bytes
 CIFAR10 = {CIFAR10_URL: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}
 CIFAR10_FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-CIFAR10_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
 IMAGENET64 = [*(f"train_data_batch_{i}.npz" for i in range(1, 11)), "val_data.npz"]
 
 
@@ -47,11 +43,11 @@ def load(name, folder):
     if name == "fashion":
         images, labels, *test = [fetch(url, FASHION[url], folder, idx) for url in FASHION]
         parts = [(images, labels), test]
-        names = FASHION_NAMES
+        names = CLOTHES.split(",")
     else:
         ((url, sha256),) = CIFAR10.items()
         parts = fetch(url, sha256, folder, records)
-        names = CIFAR10_NAMES
+        names = CIFAR10_NAMES.split()
     return {
         "array": np.concatenate([images for images, _ in parts]),
         "labels": np.concatenate([labels for _, labels in parts]),

@@ -21,6 +21,7 @@ import os
 import sys
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -95,38 +96,37 @@ def decode(file, size=0):
 def read(path):
     """One picture, or an .npy of uint8 -> uint8 (H, W) or (H, W, C), on white. UserError says what
     is wrong with it."""
-    try:
+    with reading(path):
         if str(path).endswith(".npy"):
             array = np.load(path, allow_pickle=False)
-            if array.dtype != np.uint8 or array.ndim not in (2, 3):
-                raise ValueError(
-                    f"it is {array.dtype} {array.shape}, not uint8 (H, W) or (H, W, C)"
-                )
-            return array
-        return np.asarray(decode(path)[0])
-    except ImportError:
-        raise UserError(f"pip install pillow to read {path}, or give an .npy of uint8") from None
-    except Exception as error:  # numpy and Pillow raise a dozen kinds
-        raise UserError(f"cannot read {path} ({why(error)}): give a picture or an .npy") from None
+        else:
+            array = np.asarray(decode(path)[0])
+        if array.dtype != np.uint8 or array.ndim not in (2, 3):
+            raise ValueError(f"it is {array.dtype} {array.shape}, not uint8 (H, W) or (H, W, C)")
+    return array
 
 
 def read_mask(path):
-    """One picture, or an .npy of numbers from 0 to 1 or 0 to 255 -> uint8 (H, W): the alpha channel
-    where a picture has one, else its grey."""
-    try:
+    """One picture, or an .npy of numbers from 0 to 1 or from 0 to 255 -> uint8 (H, W): the alpha
+    channel where a picture has one, else its grey."""
+    with reading(path):
         if str(path).endswith(".npy"):
             array = np.load(path, allow_pickle=False)
-            if array.ndim == 3 and array.shape[2] == 1:
-                array = array[..., 0]
-            if array.ndim != 2 or array.dtype.kind not in "buif":
-                raise ValueError(f"it is {array.dtype} {array.shape}, not numbers (H, W)")
+            array = array.reshape(array.shape[:2]).astype(float)
             if array.max() <= 1:
-                array = 255 * array.astype(float)
+                array = 255 * array
             return array.clip(0, 255).astype(np.uint8)
         image, _ = opened(path)
         return np.asarray(image.getchannel("A") if image.mode == "RGBA" else image.convert("L"))
+
+
+@contextmanager
+def reading(path):
+    """Whatever Pillow and numpy raise (a dozen kinds) becomes a UserError."""
+    try:
+        yield
     except ImportError:
-        raise UserError(f"pip install pillow to read {path}, or give an .npy of 0 and 1") from None
+        raise UserError(f"pip install pillow to read {path}, or give an .npy") from None
     except Exception as error:
         raise UserError(f"cannot read {path} ({why(error)}): give a picture or an .npy") from None
 
@@ -142,14 +142,12 @@ def load(path, size):
     in one line."""
     found, index, left_out = sort_out(path)
     array, state = converted(path, size, found)
-    names = list(state["read"])
-    changed = Counter()
-    for changes in state["read"].values():
-        changed.update(changes)
-    largest = max((changes.get(DEEP, -1) for changes in state["read"].values()), default=-1)
-    del changed[DEEP]
-    check_range(path, largest)
-
+    names = state["names"]
+    if 0 <= state["largest"] < 2**16 // 4:
+        raise UserError(
+            f"{path} has pictures of 16 bits whose largest value is {state['largest']}, where 65535"
+            " is white: give their values as one .npy of uint16 (N, H, W, C)"
+        )
     if index:
         labels, classes, held_out, reason = by_list(names, *index)
     else:
@@ -161,22 +159,20 @@ def load(path, size):
         said.append(f"{len(classes)} classes ({', '.join(classes[:20])}{more})")
     if held_out is not None:
         said.append(f"{len(held_out)} held out")
-    said += [f"{count} {what}" for what, count in changed.items()]
+    said += [f"{count} {what}" for what, count in state["changed"].items()]
     said += left_out
     if state["ours"]:
         said.append(f"{state['ours']} pictures that this program drew left out")
     if state["skipped"]:
         examples = ", ".join(state["skipped"][:5])
         said.append(f"{len(state['skipped'])} broken pictures skipped: {examples}")
-    text = " ".join(", ".join(said).split())
+    text = " ".join(", ".join(said).split()) or "it is empty"
     if not names:
-        text = text or "it is empty"
-        raise UserError(
-            f"no pictures in {path} ({text}): give a folder or zip with {' '.join(ENDINGS)}"
-        )
+        wanted = f"give a folder or zip with {' '.join(ENDINGS)}"
+        raise UserError(f"no pictures in {path} ({text}): {wanted}")
     print(f"{path}: {text}", file=sys.stderr)
     return {
-        "array": array if changed[COLOUR] else array[..., :1],
+        "array": array if COLOUR in state["changed"] else array[..., :1],
         "labels": labels,
         "names": classes,
         "held_out": held_out,
@@ -185,43 +181,14 @@ def load(path, size):
     }
 
 
-def each(path):
-    """Yields the pictures of a folder or zip as they are, uint8 (H, W, 3), in the order of their
-    names; those that this program drew, too. UserError for one that cannot be read."""
-    found, _, _ = sort_out(path)
-    largest = -1
-    for name, open_file in found.items():
-        try:
-            with open_file() as file:
-                image, changes = decode(file)
-        except ImportError:
-            raise UserError(f"pip install pillow to read the pictures of {path}") from None
-        except Exception as error:
-            raise UserError(f"cannot read {name} of {path} ({why(error)}): remove it") from None
-        largest = max(largest, changes.get(DEEP, -1))
-        yield np.asarray(image)
-    check_range(path, largest)
-
-
-def check_range(path, largest):
-    """UserError where values of 12 bits, say, are kept in 16 bits. largest: of all pictures of 16
-    bits; -1 where there are none."""
-    if 0 <= largest < 2**16 // 4:
-        raise UserError(
-            f"{path} has pictures of 16 bits whose largest value is {largest}, where 65535 is white:"
-            " give their values as one .npy of uint16 (N, H, W, C)"
-        )
-
-
 def sort_out(path):
     """The pictures of a folder or zip {name: function that opens it}, sorted; its dataset.json
     (name, function) or None; and what else is there, in words."""
     try:
         files, broken_links = walk(path) if path.is_dir() else (members(path), 0)
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(
-            f"cannot read {path} ({why(error)}): give a folder or zip of pictures"
-        ) from None
+        fix = "give a folder or zip of pictures"
+        raise UserError(f"cannot read {path} ({why(error)}): {fix}") from None
 
     run_folders = {name.rpartition("/")[0] for name in files if name.split("/")[-1] in OF_A_RUN}
     run_folders.discard("")  # the folder that was asked for
@@ -298,8 +265,10 @@ def members(path):
 
 def converted(path, size, found):
     """The pictures {name: function that opens it} as uint8 (N, size, size, 3); and what happened:
-    read {name: changes}, skipped (name and reason), ours (how many)."""
-    state = {"read": {}, "skipped": [], "ours": 0}
+    the names that were read, what was changed {what: how often}, the largest value of 16 bits or
+    -1, what was skipped (name and reason), how many are ours."""
+    changed = Counter()
+    state = {"names": [], "changed": changed, "largest": -1, "skipped": [], "ours": 0}
 
     def squares():
         for name, open_file in found.items():
@@ -314,16 +283,16 @@ def converted(path, size, found):
                 raise UserError(f"pip install pillow to read the pictures of {path}") from None
             except Exception as error:  # Pillow raises a dozen kinds
                 if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                    # it may be read tomorrow
-                    raise UserError(
-                        f"cannot read {name} of {path} ({why(error)}): mend or remove it"
-                    ) from None
+                    fix = "mend or remove it"  # it may be read tomorrow
+                    raise UserError(f"cannot read {name} of {path} ({why(error)}): {fix}") from None
                 state["skipped"].append(f"{name} ({why(error)})")
                 continue
             square = np.asarray(image)
             if (square != square[..., :1]).any():
                 changes[COLOUR] = 1
-            state["read"][name] = changes
+            state["largest"] = max(state["largest"], changes.pop(DEEP, -1))
+            changed.update(changes)
+            state["names"].append(name)
             yield square
 
     sources = [path / name for name in found] if path.is_dir() else [path]

@@ -22,8 +22,11 @@ LARGEST_SIDE = 10_000  # pixels of a grid: rows and columns beyond it are left o
 
 
 def chunk(kind, body):
-    """A part of a PNG: its length, its kind (4 letters), its content, and a checksum."""
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    """A part of a PNG: its length, its kind (4 letters), its content, a checksum."""
+    content = kind + body
+    length = struct.pack(">I", len(body))
+    checksum = struct.pack(">I", zlib.crc32(content))
+    return length + content + checksum
 
 
 def compressed(array):
@@ -43,25 +46,26 @@ def apng(frames, milliseconds=100):
     it makes a plain PNG."""
     last = frames[-1]
     for frame in frames:
-        if frame.dtype != np.uint8 or frame.shape != last.shape:
-            raise ValueError(f"frames must be uint8 {last.shape}, got {frame.dtype} {frame.shape}")
-    if last.ndim != 2 and last.shape[2:] != (3,):
-        raise ValueError(f"a picture is (H, W) or (H, W, 3), got {last.shape}")
+        if frame.dtype != np.uint8 or frame.shape != last.shape or last.shape[2:] not in ((), (3,)):
+            found = f"{frame.dtype} {frame.shape}"
+            raise ValueError(f"pictures are uint8 (H, W) or (H, W, 3), of one shape; got {found}")
     height, width = last.shape[:2]
     colour = 2 if last.ndim == 3 else 0
+    header = struct.pack(">2I5B", width, height, 8, colour, 0, 0, 0)
 
-    out = [SIGNATURE]
-    out.append(chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, colour, 0, 0, 0)))
-    out.append(chunk(MARK[:4], MARK[4:]))
+    # the picture itself has no control chunk, so it is no part of the animation
+    out = [SIGNATURE, chunk(b"IHDR", header), chunk(MARK[:4], MARK[4:])]
     if len(frames) > 1:
         out.append(chunk(b"acTL", struct.pack(">2I", len(frames), 0)))
-    out.append(chunk(b"IDAT", compressed(last)))  # without a control chunk: not in the animation
+    out.append(chunk(b"IDAT", compressed(last)))
     if len(frames) > 1:
-        for i, frame in enumerate(frames):
-            delay = 2000 if i == len(frames) - 1 else milliseconds
-            control = (2 * i, width, height, 0, 0, delay, 1000, 0, 0)  # chunks are numbered
-            out.append(chunk(b"fcTL", struct.pack(">5I2H2B", *control)))
-            out.append(chunk(b"fdAT", struct.pack(">I", 2 * i + 1) + compressed(frame)))
+        number = 0  # of the chunks that animate
+        for frame in frames:
+            delay = 2000 if number == 2 * len(frames) - 2 else milliseconds
+            control = struct.pack(">5I2H2B", number, width, height, 0, 0, delay, 1000, 0, 0)
+            out.append(chunk(b"fcTL", control))
+            out.append(chunk(b"fdAT", struct.pack(">I", number + 1) + compressed(frame)))
+            number += 2
     out.append(chunk(b"IEND", b""))
     return b"".join(out)
 
@@ -173,10 +177,13 @@ def image_grid(images, columns=None, border=1, scale=None, names=()):
     cells = np.full((rows * columns, H, W, c), 128, np.uint8)
     cells[:n, :h, :w] = images
     cells = cells.reshape(rows, columns, H, W, c)
-    cells = cells[: max(1, LARGEST_SIDE // (H * scale)), : max(1, LARGEST_SIDE // (W * scale))]
-    if cells.shape[:2] != (rows, columns):
-        found = f"{cells.shape[0]} of {rows} rows and {cells.shape[1]} of {columns} columns"
-        warnings.warn(f"the picture shows {found}: all are too large", stacklevel=2)
+
+    most_rows = max(1, LARGEST_SIDE // (H * scale))
+    most_columns = max(1, LARGEST_SIDE // (W * scale))
+    if rows > most_rows or columns > most_columns:
+        text = f"{rows} rows of {columns} are too large for a picture"
+        warnings.warn(f"{text}: it shows {most_rows} of {most_columns} at most", stacklevel=2)
+        cells = cells[:most_rows, :most_columns]
         rows, columns = cells.shape[:2]
 
     grid = cells.swapaxes(1, 2).reshape(rows * H, columns * W, c)
@@ -214,36 +221,41 @@ def extent(points):
     low, high = np.quantile(points, (0.001, 0.999), axis=0)
     centre = (low + high) / 2
     width = max((high - low).max(), 1e-12 * np.abs(centre).max())
-    half = 0.58 * float(width) or 0.58  # of equal points, too
+    half = 0.58 * float(width or 1)  # of equal points, too
     return [(float(c) - half, float(c) + half) for c in centre]
 
 
 def histogram(points, size=480, limit=None):
     """Density of points (N, D) as uint8 (size, size, 3), y upwards; only the first two axes count.
-    Of numbers (N, 1) a bar chart. limit: [(x0, x1), (y0, y1)], or a number for [-limit, limit]^2;
-    by default the extent of the points."""
-    if limit is None:
-        limit = extent(points)
-    if isinstance(limit, (int, float)):
-        limit = [(-limit, limit)] * 2
+    Of numbers (N, 1) a bar chart. limit: [(x0, x1), (y0, y1)], by default the extent of the
+    points."""
+    limit = limit or extent(points)
     points = points[np.isfinite(points).all(1)]
-    bins = size // 2
-
     if points.shape[1] == 1:
-        bars = min(bins, math.isqrt(len(points)) + 1)  # more would make a comb of narrow bars
-        count = np.histogram(points[:, 0], bars, limit[0])[0]
-        height = 0.95 * bins * count / max(count.max(), 1)
-        bar_of_column = np.arange(bins) * bars // bins
-        row = np.arange(bins)[::-1, None]  # counted from below
-        level = row < height[bar_of_column]
+        level = bars(points[:, 0], size // 2, limit[0])
     else:
-        count = np.histogram2d(points[:, 0], points[:, 1], bins, limit[:2])[0]
-        count = np.flip(count.T, 0)
-        dense = np.quantile(count[count > 0], 0.99) if count.any() else 1
-        level = np.sqrt(np.minimum(count / dense, 1))  # the root shows thin structure beside dense
+        level = density(points, size // 2, limit)
 
     # white, light blue, blue, nearly black
     ramp = np.array([(255, 255, 255), (130, 180, 220), (40, 80, 160), (10, 10, 50)])
     colour = [np.interp(level, (0, 1 / 3, 2 / 3, 1), channel) for channel in ramp.T]
     picture = np.stack(colour, -1).round().astype(np.uint8)
     return picture.repeat(2, 0).repeat(2, 1)
+
+
+def bars(numbers, bins, limit):
+    """(bins, bins) from 0 to 1: a bar chart of numbers (N,)."""
+    n = min(bins, math.isqrt(len(numbers)) + 1)  # more would make a comb of narrow bars
+    count = np.histogram(numbers, n, limit)[0]
+    height = 0.95 * bins * count / max(count.max(), 1)
+    bar_of_column = np.arange(bins) * n // bins
+    row = np.arange(bins)[::-1, None]  # counted from below
+    return row < height[bar_of_column]
+
+
+def density(points, bins, limit):
+    """(bins, bins) from 0 to 1: how dense the points (N, D) are, the first axis to the right."""
+    count, _, _ = np.histogram2d(points[:, 0], points[:, 1], bins, limit)
+    count = np.flip(count.T, 0)
+    dense = np.quantile(count[count > 0], 0.99) if count.any() else 1
+    return np.sqrt(np.minimum(count / dense, 1))  # the root shows thin structure beside dense

@@ -1,298 +1,427 @@
-"""Draws samples from a checkpoint: samples.npz to measure, samples.png to look at.
+"""Draws samples from a trained network: samples.npz to measure, samples.png to look at.
 
-python sample.py --method hold --order 3                 the same network, another process
-python sample.py --class all --guidance 1.5              rows of each class, of a run with --classes
-python sample.py --first 25000 --n 25000                 samples 25,000 to 49,999, on another day or machine
-python sample.py --inpaint FILE --mask FILE              the rest of a picture; --shrink K; --stroke FILE for a sketch
-python sample.py --nll                                   bound on the likelihood of held-out data
+    python sample.py                                    the newest run, rows of each class it knows
+    python sample.py --method hold --order 3            the same network, another process
+    python sample.py --class 7 --guidance 1.5           one class, exaggerated
+    python sample.py --first 25000 --n 25000            samples 25,000 to 49,999, on another day
+
+In Python:
+
+    model = sample.load("runs/agm-digits")
+    images = np.concatenate([x for x, labels in sample.draw(model, 64)])   # uint8 (64, 8, 8, 1)
+
+extras/complete.py completes pictures, extras/likelihood.py measures the likelihood.
 """
 
 import inspect
-import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
+from types import ModuleType
 
 import numpy as np
 import torch
 
 import data
 import train
-from data import UserError, why
-from train import option
+from extras import clock
+from formats.command import Options as Base
+from formats.command import flag, option, parser, run
+from formats.files import UserError, why, write_files
+from formats.png import apng, png, write_png
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Base):
     """What the command line asks for; None: not given."""
 
     ckpt: str = option(None, "checkpoint or folder of a run; default: the newest under runs/")
-    nfe: int = option(20, "network calls a sample", 1, 10**5)
-    n: int = option(None, "how many samples; default: 64 images, 10,000 points or 8 of each class", 1, 10**7, kind=int)
-    first: int = option(0, "number of the first sample: each depends on --seed and its number alone", 0, 10**9)
+    nfe: int = option(20, "calls of the sampler", 1, 10**5)
+    n: int = option(None, "samples; default: 64, 8 a class, 10,000 points", 1, 10**7, kind=int)
+    first: int = option(0, "number of the first sample, which depends on it and --seed", 0, 10**9)
     sampler: str = option(None, "AGM: ode, exponential, splitting, em; HOLD: ode, strang, lie, em")
-    rho: float = option(None, "exponent of the sampler's grid of times; default: 1", 0.01, 100, kind=float)
-    t_end: float = option(None, "time of the last call, or end of the last step; default: the sampler's", kind=float)
-    multistep: int = option(None, "exponential: how many calls are extrapolated; default: 2", 1, 4, kind=int)
-    class_: str = option(None, "name or number of a class, or all: as many of each; for a run with --classes")
-    guidance: float = option(None, "class: 1 is its law, the default; more exaggerates", 0, 100, kind=float)
+    rho: float = option(None, "exponential, splitting, em: bends the grid", 0.01, 100, kind=float)
+    t_end: float = option(None, "all but ode: time of the last call, or step's end", kind=float)
+    multistep: int = option(None, "exponential: how many calls it extrapolates", 1, 4, kind=int)
+    grid: str = option(
+        None, "ode: learned, where the run has it, or even", choices=("learned", "even")
+    )
+    class_: str = option(None, "a class, its number, all or none; default: all that the net knows")
+    guidance: float = option(1.0, "class: 1 is its law, more exaggerates it", 0, 100)
     seed: int = option(0, "of the noise", 0, 2**32 - 1)
     batch: int = option(256, "samples at a time", 1, 10**6)
-    raw: bool = option(False, "draw with the raw weights, not with their average (EMA)")
-    method: str = option(None, "process to sample with, if the net is a denoiser", choices=tuple(train.METHODS))
-    order: int = option(None, "of HOLD, if the net is a denoiser", 1, 8, kind=int)
+    raw: bool = option(False, "draw with the last weights, not with their average (EMA)")
+    method: str = option(None, "process to sample with", choices=train.METHODS)
+    order: int = option(None, "of that process, for HOLD", 1, 8, kind=int)
     amp: str = option("off", "bf16: autocast the net to bfloat16", choices=("off", "bf16"))
     compile: bool = option(False, "compile the net: faster calls after a minute")
     device: str = option("auto", "cpu, cuda, mps; auto takes the first that is there")
-    out: str = option(None, "folder for the results, in place of former ones; default: the checkpoint's")
-    png_dir: str = option(None, "folder for one PNG a sample, 000000.png ..., RGB as evaluators want it")
-    film: bool = option(False, "write film.png, too: the state's data block, and the prediction, call by call")
-    stroke: str = option(None, "picture that guides the samples")
-    inject: str = option(None, "stroke: redraw v given it (dyn, default), or mix it in (init)", choices=("dyn", "init"))
-    share: float = option(None, "stroke, dyn: share of the calls; default: 0.25", 0, 1, kind=float)
-    inpaint: str = option(None, "picture of which a part is known, by --mask or --shrink")
-    mask: str = option(None, "inpaint: picture or .npy, white where it is known")
-    shrink: int = option(None, "inpaint: the means of blocks of that size are known", 2, 4096, kind=int)
-    rule: str = option(None, "inpaint; default: gibbs", choices=("gibbs", "covariance", "paper"))
-    passes: int = option(None, "inpaint: backward passes a call", 1, 1000, kind=int)
-    noise: float = option(None, "inpaint: what is known has noise of that std, of 255; default: 0", 0, 255, kind=float)
-    held_out: int = option(None, "held-out picture of that number in place of a FILE", 0, 10**9, kind=int)
-    nll: bool = option(False, "bound the negative log-likelihood of held-out data, draw nothing")
-    nll_steps: int = option(None, "nll: steps of Runge-Kutta 4, four calls each; default: 96", 1, 10**5, kind=int)
-    data: str = option(None, "nll: another data set or file than the run's")
-    data_dir: str = option(None, "nll: where the files of a named data set are")
+    out: str = option(None, "folder for the results, which replace former ones; default: the run's")
+    png_dir: str = option(None, "folder for one PNG a sample, 000000.png ..., RGB")
+    film: bool = option(False, "film.png, too: the state's data block and the prediction by call")
 
-    __post_init__ = train.Config.__post_init__
+
+# -------------------------------------------------------------------------------------------------
+# From Python: load, draw
+
+
+@dataclass
+class Model:
+    """A trained network, and the process that it is sampled with."""
+
+    net: torch.nn.Module
+    method: ModuleType  # agm_ref or hold_ref
+    process: object  # AGM or HOLD
+    config: train.Config
+    facts: dict  # of the training data: shape, units, mean, classes
+    device: torch.device
+    bend: dict | None  # what extras/clock.py measured: lam, size
+    path: Path  # of the checkpoint
+
+
+def load(path=None, method=None, order=None, raw=False, device="auto"):
+    """The network of a checkpoint file or run folder; path None: the newest under runs/.
+
+    method and order: the process to sample with, if the net is a denoiser. raw: the last weights,
+    not their average. UserError for a file that is none, or a process that the net does not serve.
+    """
+    device = train.pick_device(device)
+    ckpt = train.load_checkpoint(path)
+    trained = ckpt["config"]
+    config = replace(trained, method=method or trained.method, order=order or trained.order)
+    if trained.target != "data" and config != trained:
+        raise UserError(
+            f"a net of target {trained.target} serves its own process only: "
+            "leave out --method and --order"
+        )
+    method, process, net = train.build(config, ckpt["data"])
+    if order and not hasattr(process, "order"):
+        raise UserError(f"{config.method} has no --order: leave it out, or add --method hold")
+    train.load_weights(net, ckpt["net" if raw else "ema"], ckpt["path"])
+    net = net.to(device).eval().requires_grad_(False)
+    return Model(net, method, process, config, ckpt["data"], device, ckpt["bend"], ckpt["path"])
+
+
+def draw(
+    model,
+    n,
+    nfe=20,
+    sampler=None,
+    classes=None,
+    guidance=1.0,
+    seed=0,
+    first=0,
+    batch=256,
+    condition=None,
+    watch=None,
+    **grid,
+):
+    """Yields samples (b, ...) in the units of the data, and their labels (b,) or None, as numpy.
+
+    Sample i depends on seed and i alone, i = first ... first + n - 1: bit for bit in batches of
+    the same size, up to float32 rounding otherwise.
+    classes: class numbers, which samples take in turn; None: no class.
+    condition(model, m, net, label, randn) -> m, predict: a rule for what is known of the samples
+    (extras/complete.py). watch(m, x_hat) is called after each prediction.
+    grid: rho, t_end, multistep, ts, where the sampler has them; and for `ode` grid="learned", the
+    default if the run has it, or "even". UserError where the sampler has no such option.
+    """
+    sampler = pick_sampler(model, sampler, nfe, grid)
+    guided = guide(model.net, guidance)
+    for start in range(first, first + n, batch):
+        numbers = range(start, min(start + batch, first + n))
+        randn = Noise(seed, numbers)
+        label = None
+        if classes is not None:
+            label = torch.tensor([classes[i % len(classes)] for i in numbers])
+            label = label.to(model.device)
+
+        # the state, and what predicts the data from it
+        m = randn.prior(model.process, model.facts["shape"]).to(model.device)
+        if condition:
+            m, predict = condition(model, m, guided, label, randn)
+            mean = None  # given a part of the picture it is another
+        else:
+            predict = partial(model.method.denoise, model.process, guided, label=label)
+            mean = mean_of(model.facts, label, guidance)
+
+        predict = watched(predict, watch)
+        more = keywords(sampler, model, m, nfe, randn, mean, grid)
+        x = sampler(model.process, predict, m, nfe, **more)
+        if not x.isfinite().all():
+            raise UserError("samples are not finite, nothing was written: try another --sampler")
+        yield data.finish(x, model.facts), None if label is None else label.cpu().numpy()
+
+
+def pick_sampler(model, name, nfe, grid):
+    """The sampler of that name, by default the method's first. UserError for an unknown name, or
+    for an option in grid that it does not take."""
+    samplers = model.method.SAMPLERS
+    name = name or next(iter(samplers))
+    if name not in samplers:
+        raise UserError(f"no --sampler {name}: choose from {', '.join(samplers)}")
+    takes = inspect.signature(samplers[name]).parameters
+    for key in grid:
+        if key not in takes and not (key == "grid" and "ts" in takes):
+            raise UserError(f"sampler {name} has no {flag(key)}: leave it out")
+    if grid.get("grid") == "learned" and not model.bend:
+        raise UserError(f"{model.path} has no learned grid: leave out --grid")
+    if "t_end" in grid:
+        try:
+            model.method.check_grid(model.process, nfe, grid["t_end"])
+        except ValueError as error:
+            raise UserError(f"--t-end: {why(error)}") from None
+    return samplers[name]
+
+
+def keywords(sampler, model, m, nfe, randn, mean, grid):
+    """What the sampler takes besides the process, predict, m and nfe."""
+    given = dict(grid, randn=randn, data_mean=mean)
+    if model.bend and grid.get("grid") != "even":
+        R = model.method.clock_rate(model.process, m)
+        free = mean is not None
+        ts = clock.learned_times(model.method, model.process, nfe, R, **model.bend, free=free)
+        given.setdefault("ts", ts)
+    takes = inspect.signature(sampler).parameters
+    return {key: value for key, value in given.items() if key in takes}
 
 
 class Noise:
-    """Unit noise with one generator a sample, so that sample i does not depend on the batch it is drawn in. (SAME:
-    batches are padded to multiples of 16, or the last bit of what a network says would depend on them.)"""
+    """Unit noise, with a generator of its own for each sample."""
 
     def __init__(self, seed, numbers):
-        self.generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in numbers]
+        self.generators = [
+            torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in numbers
+        ]
 
     def prior(self, process, shape):
         return torch.cat([process.prior((1, *shape), g) for g in self.generators])
 
     def __call__(self, like):
-        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators]).to(like)
-
-
-def restore(args):
-    """-> (checkpoint, config, method module, process, net). UserError if the net does not serve that process."""
-    ckpt = train.load_checkpoint(args.ckpt)
-    asked = dict(method=args.method or ckpt["config"].method, order=args.order or ckpt["config"].order)
-    if args.order and asked["method"] != "hold":
-        raise UserError("--order is HOLD's: add --method hold, or leave it out")
-    config = replace(ckpt["config"], **asked)
-    if config.target != "data" and config != ckpt["config"]:
-        raise UserError(f"a net of target {config.target} serves its own process only: leave out --method and --order")
-    method, process, net = train.build(config, ckpt["data"])
-    net.load_state_dict(ckpt["net" if args.raw else "ema"])
-    return ckpt, config, method, process, net.eval().requires_grad_(False)
-
-
-def pick_sampler(method, args):
-    """Name, sampler, and options for it. UserError for an unknown one, or an option that it does not take."""
-    name = args.sampler or next(iter(method.SAMPLERS))
-    if name not in method.SAMPLERS:
-        raise UserError(f"no sampler {name!r} for this method: choose from {', '.join(method.SAMPLERS)}")
-    if args.multistep and name != "exponential":
-        raise UserError(f"sampler {name} has no --multistep: leave it out, or take AGM's exponential")
-    options = {key: getattr(args, key) for key in ("rho", "t_end", "multistep")}
-    return name, method.SAMPLERS[name], {key: value for key, value in options.items() if value is not None}
-
-
-def pick_classes(args, config, facts):
-    """The classes (k,) that samples take in turn, or None: all data."""
-    if args.class_ is None:
-        return None
-    if not config.classes:
-        raise UserError("--class wants a net that was trained with --classes: leave it out, or train one")
-    there = [i for i, n in enumerate(facts["counts"]) if n]
-    if args.class_ == "all":
-        return torch.tensor(there)
-    names = {str(i): i for i in there} | {facts["names"][i]: i for i in there}  # a name counts before a number
-    if args.class_ not in names:
-        known = ", ".join(f"{i} {facts['names'][i]}" for i in there)
-        raise UserError(f"no class {args.class_!r:.40} with samples to learn: give all, or one of {known:.300}")
-    return torch.tensor([names[args.class_]])
+        noise = [torch.randn(like.shape[1:], generator=g) for g in self.generators]
+        return torch.stack(noise).to(like)
 
 
 def guide(net, guidance):
-    """Classifier-free guidance (Ho & Salimans 2022): what the net says without the label, and `guidance` times what the
-    label changes. Every target is affine in the data, so it guides E[x | m], whatever the net predicts."""
+    """Classifier-free guidance (Ho & Salimans 2022): what the net says without the label, and
+    `guidance` times what the label changes. Every target is affine in the data, so this guides
+    E[x | m], whatever the net predicts."""
 
     def guided(y, t, label=None):
-        if label is None or guidance in (0, 1):
-            return net(y, t, label if guidance else None)
-        free = net(y, t, None)
+        if label is None or guidance == 0:
+            return net(y, t)
+        if guidance == 1:
+            return net(y, t, label)
+        free = net(y, t)
         return free + guidance * (net(y, t, label) - free)
 
     return guided
 
 
-def filmed(predict, frames, facts, n):
-    """predict, which also adds to `frames` what it sees of n samples, the data block of m, beside what it says."""
+def mean_of(facts, label, guidance):
+    """The mean of what is to be drawn, from which `ode` starts: of all data, or (B, ...) of the
+    classes, moved as guidance moves a prediction."""
+    mean = facts["mean"]
+    if label is None or facts["class_means"] is None:
+        return mean
+    moved = mean + guidance * (facts["class_means"][label] - mean)
+    return moved.clamp(-facts["bound"], facts["bound"])
 
-    def recorded(m, t):
-        seen = m[:, : facts["shape"][0]].clone()
+
+def watched(predict, watch):
+    """predict, which also shows watch what it saw and what it said."""
+    if watch is None:
+        return predict
+
+    def with_watch(m, t):
         x_hat = predict(m, t)
-        frames.append(np.concatenate([data.picture(data.finish(x[:n], facts), facts) for x in (seen, x_hat)], 1))
+        watch(m, x_hat)
         return x_hat
 
-    return recorded
+    return with_watch
+
+
+# -------------------------------------------------------------------------------------------------
+# From the command line: what is asked
+
+MOVED = {  # options of before -> the command that has them now
+    **dict.fromkeys("--inpaint --mask --shrink --held-out --stroke".split(), "extras.complete"),
+    **dict.fromkeys("--nll --nll-steps --data --data-dir".split(), "extras.likelihood"),
+}
+
+
+def read_options(argv):
+    """Options. UserError for what is none."""
+    for word in argv:
+        word = word.split("=")[0]
+        if word in MOVED:
+            raise UserError(f"{word} is an option of python -m {MOVED[word]} now")
+    return Options(**vars(parser(Options(), __doc__).parse_args(argv)))
+
+
+def pick_classes(name, model):
+    """The classes that samples take in turn, or None. name: a class, its number, "all", "none", or
+    None: all that the net knows. UserError for one that it does not know."""
+    if name == "none" or (name is None and not model.config.classes):
+        return None
+    if not model.config.classes:
+        raise UserError("--class wants a net that was trained with --classes: leave it out")
+    there = [i for i, count in enumerate(model.facts["counts"]) if count]
+    if name in (None, "all"):
+        return there
+    known = {str(i): i for i in there}
+    known |= {model.facts["names"][i]: i for i in there}  # a name counts before a number
+    if name not in known:
+        some = shorten(", ".join(known), 300, placeholder=" ...")
+        raise UserError(f"no --class {name:.40}: give all, none or one of {some}")
+    return [known[name]]
+
+
+def check_pngs(args, facts, n):
+    """UserError where --png-dir cannot take n new PNGs."""
+    if facts["kind"] != "image":
+        raise UserError("--png-dir is for 8-bit images: leave it out, samples.npz has the samples")
+    for i in range(args.first, args.first + n):
+        if png_path(args, i).exists():
+            raise UserError(f"{png_path(args, i)} exists already: choose another --png-dir")
+
+
+def png_path(args, i):
+    return Path(args.png_dir, f"{i:06d}.png")
+
+
+# -------------------------------------------------------------------------------------------------
+# Drawing, writing, and what is said
+
+
+class Stopped(Exception):
+    """A signal to stop came between two network calls."""
+
+
+def collect(model, args, n, stopping, watch=None, **how):
+    """The samples that `draw` yields, and their labels or None; how: more of its options. After a
+    signal those of the batches that are done, and if there are none the script ends."""
+    arrays = []
+    labels = []
+    calls = 0
+    began = time.perf_counter()
+
+    def between_calls(m, x_hat):
+        nonlocal calls
+        calls += len(m)
+        say_progress(calls / (n * args.nfe), began)
+        if stopping.number:
+            raise Stopped
+        if watch and not arrays:
+            watch(m, x_hat)
+
+    asked = {
+        key: getattr(args, key) for key in ("nfe", "sampler", "guidance", "seed", "first", "batch")
+    }
+    with suppress(Stopped):
+        for array, label in draw(model, n, watch=between_calls, **asked, **how):
+            arrays.append(array)
+            labels.append(label)
+    if not arrays:
+        print("stopped before a batch was drawn: nothing was written", file=sys.stderr)
+        sys.exit(128 + stopping.number)
+    array = np.concatenate(arrays)
+    print(f"{len(array)} samples, seconds/sample {(time.perf_counter() - began) / len(array):.5f}")
+    return array, None if labels[0] is None else np.concatenate(labels)
+
+
+def say_progress(share, began):
+    """On stderr, what is left of a long work. A terminal that is gone costs nothing."""
+    left = (time.perf_counter() - began) * (1 / share - 1) / 60
+    if left > 0.1:
+        with suppress(OSError, ValueError):
+            print(f"{share:.0%} done, {left:.1f} minutes left ", end="\r", file=sys.stderr)
+
+
+def save(out, pictures, **arrays):
+    """Writes samples.npz, then the pictures {name: function that makes its bytes}: if one of them
+    fails it costs nothing else."""
+    write_files({out / "samples.npz": partial(np.savez_compressed, **arrays)})
+    print(f"wrote {out / 'samples.npz'}")
+    for name, picture in pictures.items():
+        try:
+            write_files({out / name: picture()})
+            print(f"wrote {out / name}")
+        except (UserError, MemoryError, ValueError) as error:
+            print(f"no {name}: {why(error)}")
+
+
+def report(model, args, calls, note=""):
+    """Who drew the samples, and how. calls: of the network for each call of the sampler."""
+    trained = f"target {model.config.target}, {model.config.data}"
+    print(f"network {model.path} ({trained}), process {model.process}")
+    sampler = args.sampler or next(iter(model.method.SAMPLERS))
+    if calls > 1:
+        note += f" ({args.nfe} calls of the sampler, {calls} network calls each)"
+    print(f"sampler {sampler} NFE {calls * args.nfe}{note} on {model.device}")
+
+
+def leave(args, n, done, number):
+    """After a signal: says what was not drawn, and ends the script."""
+    if number and done < n:
+        rest = f"--first {args.first + done} --n {n - done}"
+        print(f"stopped: {rest} with another --out draws the rest", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def sample(args):
-    """Draws, or with --nll measures. Files appear whole, arrays before pictures."""
-    for key, needs in dict(guidance="class_", nll_steps="nll", data="nll", data_dir="nll").items():
-        if getattr(args, key) is not None and not getattr(args, needs):
-            key, needs = (f"--{k.rstrip('_').replace('_', '-')}" for k in (key, needs))
-            raise UserError(f"{key} belongs to {needs}: add that, or leave it out")
-    device = train.pick_device(args.device)
-    ckpt, config, method, process, net = restore(args)
-    net, facts, out = net.to(device), ckpt["data"], Path(args.out) if args.out else ckpt["path"].parent
-    if args.nll:
-        return print_nll(args, config, facts, method, process, net, device)
-    name, sampler, options = pick_sampler(method, args)
-    classes, guidance = pick_classes(args, config, facts), 1.0 if args.guidance is None else args.guidance
-    n = args.n or (10_000 if facts["kind"] == "points" else 8 * len(classes) if args.class_ == "all" else 64)
-    start, note = given(args, config, facts, method, process)
-    pngs = [Path(args.png_dir, f"{i:06d}.png") for i in range(args.first, args.first + n)] if args.png_dir else []
-    if pngs and (facts["kind"] != "image" or any(path.exists() for path in pngs)):
-        raise UserError(f"--png-dir {args.png_dir} wants images, and no file there of the same number: name another")
-    for folder in [out, pngs[0].parent] if pngs else [out]:
-        folder.mkdir(parents=True, exist_ok=True)
+    """Draws and writes what the command line asks for."""
+    model = load(args.ckpt, args.method, args.order, args.raw, args.device)
+    facts = model.facts
+    classes = pick_classes(args.class_, model)
+    if args.guidance != 1 and classes is None:
+        raise UserError("--guidance belongs to a class: leave it out")
+    n = args.n or max(64, 8 * len(classes or []))
+    if facts["kind"] == "points":
+        n = args.n or 10_000
+    grid = {key: getattr(args, key) for key in ("rho", "t_end", "multistep", "grid")}
+    grid = {key: value for key, value in grid.items() if value is not None}
+    pick_sampler(model, args.sampler, args.nfe, grid)
+    if args.png_dir:
+        check_pngs(args, facts, n)
+        Path(args.png_dir).mkdir(parents=True, exist_ok=True)
+    out = Path(args.out or model.path.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.compile:
+        model.net = torch.compile(model.net)
 
-    fast = torch.compile(net) if args.compile else net
+    # the state's data block beside the prediction, at each call of the first batch
+    frames = []
 
-    def served(y, t, label=None):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            return fast(y, t, label).to(y)
+    def film(m, x_hat):
+        q = m.chunk(model.process.n, 1)[0]
+        both = [data.picture(data.finish(x, facts), facts) for x in (q, x_hat)]
+        frames.append(np.concatenate(both, 1))
 
-    guided, takes = guide(served, guidance), inspect.signature(sampler).parameters
-    arrays, labels, frames, status, began = [], [], [], 0, time.time()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    try:
-        for done in range(0, n, args.batch):
-            few = min(n - done, args.batch)
-            numbers = args.first + done + torch.arange(few if args.batch < 16 else -(-few // 16) * 16)  # see SAME
-            randn, label = (
-                Noise(args.seed, numbers.tolist()),
-                None if classes is None else classes[numbers % len(classes)],
-            )
-            m, mean = randn.prior(process, facts["shape"]).to(device), mean_of(facts, label, guidance)
-            on_device = None if label is None else label.to(device)
-            predict = partial(method.denoise, process, guided, label=on_device)
-            if start:  # with what is given, the mean is another
-                (m, predict), mean = start(m, guided, on_device, randn), None
-            if args.film and not done:
-                predict = filmed(predict, frames, facts, few)
-            more = {key: value for key, value in dict(randn=randn, data_mean=mean).items() if key in takes}
-            x = sampler(process, predict, m, args.nfe, **options, **more)[:few]
-            if not x.isfinite().all():
-                raise UserError("samples are not finite, so nothing was written: try other --sampler, --rho or --t-end")
-            arrays.append(data.finish(x.cpu(), facts))
-            labels.append(label if label is None else label[:few])
-            show_progress(done + few, n, began)
-    except KeyboardInterrupt as e:
-        status = 128 + e.args[0]
-        if not arrays:
-            raise
-    for number in (signal.SIGINT, signal.SIGTERM):  # what was drawn may be the work of hours
-        signal.signal(number, signal.SIG_IGN)
-    array, seconds = np.concatenate(arrays), time.time() - began
-    named = {} if classes is None else dict(labels=torch.cat(labels[: len(arrays)]).numpy(), names=facts["names"])
-    for path, image in zip(pngs, array, strict=False):
-        data.write_png(path, image.repeat(3 // image.shape[2], 2))
-    data.write_files({out / "samples.npz": partial(np.savez_compressed, arr_0=array, **named)})
-    wrote = [args.png_dir, out / "samples.npz"] if pngs else [out / "samples.npz"]
-    try:
-        files = {out / "samples.png": data.png(picture_of(array, named, facts, args.class_ == "all"))}
-        data.write_files(files | ({out / "film.png": data.apng(frames, 200)} if frames else {}))
-        wrote += [*files, *([out / "film.png"] if frames else [])]
-    except (UserError, MemoryError, ValueError) as e:
-        print(f"no picture: {why(e)}")
-    print(f"{len(array)} samples from {ckpt['path']} (target {config.target}, {config.data}) by {process}")
-    calls = args.nfe * (1 if classes is None or guidance in (0, 1) else 2)
-    how = " ".join([name, *(f"--{key.replace('_', '-')} {value:g}" for key, value in options.items())])
-    print(f"sampler {how} NFE {calls}{note} seconds/sample {seconds / len(array):.5f} on {device}")
-    if classes is not None:
-        print("classes: " + ", ".join(f"{i} {facts['names'][i]}" for i in classes.tolist()))
-    print(f"wrote {', '.join(map(str, wrote))}", flush=True)
-    if status and len(array) < n:
-        rest = f"--first {args.first + len(array)} --n {n - len(array)}"
-        print(f"stopped: {rest} with another --out draws the rest", file=sys.stderr)
-        sys.exit(status)
-
-
-def stop(number, _):
-    raise KeyboardInterrupt(number)
-
-
-def mean_of(facts, label, guidance):
-    """The mean of what is to be drawn, from which `ode` starts: of all data, or (B, ...) of the classes."""
-    mean, means = facts["mean"], facts["class_means"]
-    if label is None or means is None:
-        return mean
-    return (mean + guidance * (means[label] - mean)).clamp(-facts["bound"], facts["bound"])
-
-
-def given(args, config, facts, method, process):
-    """What extras/conditions.py makes of the options about given pictures: (start, note), or (None, "")."""
-    from extras import conditions
-
-    picture = None
-    if args.held_out is not None:
-        dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
-        if args.held_out >= len(dataset.test):
-            raise UserError(f"--held-out must be below {len(dataset.test)}, the number of held-out samples")
-        picture = dataset.held_out(slice(args.held_out, args.held_out + 1))[0]
-    return conditions.given(args, method, process, facts, picture)
-
-
-def show_progress(done, n, began):
-    """A line on stderr, if the whole takes more than some seconds."""
-    left = (time.time() - began) * (n / int(done) - 1)
-    if left > 5 and sys.stderr.isatty():
-        print(f"\r{done} of {n} samples, {left / 60:.1f} minutes left ", end="", file=sys.stderr, flush=True)
-
-
-def picture_of(array, named, facts, of_all):
-    """What fits a picture: points, or the first 1,024 images at most, of all classes with a row for each."""
-    if facts["kind"] == "points" or not of_all:
-        return data.picture(array[: len(array) if facts["kind"] == "points" else 1024], facts)
-    rows = [np.flatnonzero(named["labels"] == i)[:32] for i in np.unique(named["labels"])]
-    columns = min(len(row) for row in rows)
-    return data.picture(array[np.concatenate([row[:columns] for row in rows])], facts, columns)
-
-
-def print_nll(args, config, facts, method, process, net, device):
-    """Mean and standard error of a bound on the negative log-likelihood of the held-out data, or its first --n."""
-    from extras.likelihood import held_out_nll
-
-    used = "ckpt nfe n seed batch raw method order device out nll nll_steps data data_dir".split()
-    if asked := [key for key, value in vars(args).items() if key not in used and value not in (None, False, "off")]:
-        flag = f"--{asked[0].rstrip('_').replace('_', '-')}"
-        raise UserError(f"--nll draws nothing, and runs in full precision: leave out {flag}")
-    folder = args.data_dir or (None if args.data else config.data_dir or None)
-    dataset, began = data.load(args.data or config.data, folder, config.flip, config.size), time.time()
-    torch.manual_seed(args.seed)
-    predict, more = partial(method.denoise, process, net), {} if args.nll_steps is None else dict(steps=args.nll_steps)
-    values, unit = held_out_nll(method, process, predict, dataset, facts, args.n, args.batch, device=device, **more)
-    error, minutes = values.std() / len(values) ** 0.5, (time.time() - began) / 60
-    print(f"negative log-likelihood <= {values.mean():.4f} +- {error:.4f} {unit} (standard error over {len(values)} "
-          f"held-out samples of {dataset.name}), {minutes:.1f} minutes on {device}")  # fmt: skip
+    with train.Stopping() as stopping:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            watch = film if args.film else None
+            array, labels = collect(model, args, n, stopping, watch, classes=classes, **grid)
+        arrays = dict(arr_0=array)
+        if classes:
+            arrays |= dict(labels=labels, names=facts["names"])
+        pictures = {"samples.png": lambda: png(data.picture(array, facts, labels))}
+        if frames:
+            pictures["film.png"] = lambda: apng(frames, 200)
+        save(out, pictures, **arrays)
+        if args.png_dir:
+            for i, image in enumerate(array, args.first):
+                write_png(png_path(args, i), image.repeat(3 // image.shape[2], 2))
+    report(model, args, 2 if classes and args.guidance not in (0, 1) else 1)
+    leave(args, n, len(array), stopping.number)
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    train.run(lambda: sample(Options(**vars(train.parser(Options(), __doc__).parse_args(argv)))))
+    run(lambda: sample(read_options(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

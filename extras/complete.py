@@ -1,0 +1,395 @@
+"""Completes pictures of which something is known, with a network that was not trained for it.
+
+    python -m extras.complete --inpaint FILE --mask FILE    where the mask is white (or opaque)
+    python -m extras.complete --inpaint FILE --shrink 4     from the means of 4x4 blocks
+    python -m extras.complete --held-out 3 --shrink 2       held-out picture 3 of the run's data
+    python -m extras.complete --stroke FILE                 samples that follow a sketch in colour
+
+In Python:
+
+    see = complete.observation(shrink=2)                    # what is known of a picture
+    rule = complete.condition(picture, see)                 # picture (1, C, H, W) in [-1, 1]
+    images = [x for x, labels in sample.draw(model, 8, condition=rule)]
+
+Known of x (B, C, H, W) is c = H x, H an orthogonal projection, here the function `see`. A rule is a
+prediction in place of `denoise`; it knows c, the stroke, or both of its last call. One is made for
+each batch.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import avg_pool2d, interpolate
+
+import data
+import sample
+import train
+from formats.command import Options as Base
+from formats.command import flag, option, parser, run
+from formats.files import UserError
+from formats.pictures import read, read_mask
+from formats.png import image_grid, png
+
+SHARE = 0.5  # of the calls that follow a stroke
+
+
+@dataclass(frozen=True)
+class Options(Base):
+    """What the command line asks for; None: not given."""
+
+    ckpt: str = option(None, "checkpoint or folder of a run; default: the newest under runs/")
+    inpaint: str = option(None, "picture of which a part is known, by --mask or --shrink")
+    held_out: int = option(None, "held-out picture of that number, for a FILE", 0, 10**9, kind=int)
+    mask: str = option(None, "picture or .npy, white where it is known; its alpha, if it has one")
+    shrink: int = option(None, "the means of blocks of that size are known", 2, 4096, kind=int)
+    rule: str = option("gibbs", "how it is completed", choices=("gibbs", "covariance", "paper"))
+    passes: int = option(2, "backward passes a call, of gibbs and covariance", 1, 1000)
+    noise: float = option(0.0, "std of the noise in what is known, of 255 (not paper)", 0, 255)
+    stroke: str = option(None, "picture that the samples follow")
+    inject: str = option("dyn", "redraw v given the stroke, or mix it in", choices=("dyn", "init"))
+    share: float = option(SHARE, "dyn: share of the calls that follow the stroke", 0, 1)
+    nfe: int = option(20, "calls of the sampler", 1, 10**5)
+    n: int = option(32, "samples", 1, 10**7)
+    first: int = option(0, "number of the first sample", 0, 10**9)
+    sampler: str = option(None, "AGM: ode, exponential, splitting, em; HOLD: ode, lie, em")
+    class_: str = option("none", "a class, its number, or all in turn")
+    guidance: float = option(1.0, "class: 1 is its law, more exaggerates it", 0, 100)
+    seed: int = option(0, "of the noise", 0, 2**32 - 1)
+    batch: int = option(256, "samples at a time", 1, 10**6)
+    method: str = option(None, "process to sample with", choices=train.METHODS)
+    order: int = option(None, "of that process, for HOLD", 1, 8, kind=int)
+    device: str = option("auto", "cpu, cuda, mps; auto takes the first that is there")
+    out: str = option(None, "folder for the results, which replace former ones; default: the run's")
+
+
+# -------------------------------------------------------------------------------------------------
+# What is known
+
+
+def observation(mask=None, shrink=1):
+    """The function H: x where mask (H, W) is 1, and 0 where it is 0; or the mean of each block of
+    shrink x shrink pixels, in all of its pixels."""
+    if mask is not None:
+        return lambda x: x * mask.to(x)
+    return lambda x: interpolate(avg_pool2d(x, shrink), scale_factor=shrink)
+
+
+def condition(picture, see, rule="gibbs", passes=2, noise=0.0):
+    """What sample.draw takes as its condition, where see(picture) is known.
+
+    picture: (1, C, H, W) in network units. rule: gibbs, covariance or paper. passes: of the first
+    two. noise: standard deviation of white noise in what is known, as see shows it.
+    """
+
+    def start(model, m, net, label, randn):
+        known = see(picture.to(m))
+        if rule == "paper":
+            return m, by_paper(model, net, see, known, label, randn)
+        if rule == "covariance" or model.process.n == 1:  # one block: there is nothing to redraw
+            return m, by_covariance(model, net, see, known, passes, noise, label)
+        return m, by_gibbs(model, net, see, known, passes, noise, label, randn)
+
+    return start
+
+
+def stroke_condition(picture, calls):
+    """What sample.draw takes as its condition: the first calls follow the picture (1, C, H, W).
+    calls 0: the picture is mixed into the prior (the AGM paper's init-v)."""
+
+    def start(model, m, net, label, randn):
+        stroke = picture.to(m)
+        if calls == 0:
+            m = mixed_in(model, m, stroke)
+        return m, by_stroke(model, net, stroke, calls, label, randn)
+
+    return start
+
+
+# -------------------------------------------------------------------------------------------------
+# The rules. model brings a page (`method`) and a process; net(y, t, label) is its network.
+
+
+def by_paper(model, net, see, known, label=None, randn=torch.randn_like):
+    """The AGM paper's inpainting: c replaces H x_hat in each prediction, and the auxiliary blocks
+    are redrawn given that."""
+
+    def predict(m, t):
+        x = model.method.denoise(model.process, net, m, t, label)
+        x = x + known - see(x)
+        redraw(model, m, t, x, randn)
+        return x
+
+    return predict
+
+
+def by_covariance(model, net, see, known, passes=2, noise=0.0, label=None):
+    """The posterior mean x' of `posterior_mean`; exact for Gaussian data (Rozet et al. 2024)."""
+
+    def predict(m, t):
+        D, sigma, times_J = denoised(model, net, m, t, label)
+        return posterior_mean(model, D, sigma, times_J, see, known, passes, noise)
+
+    return predict
+
+
+def by_gibbs(model, net, see, known, passes=2, noise=0.0, label=None, randn=torch.randn_like):
+    """The posterior mean x', with a Gibbs step before each call.
+
+    A network's J is not quite right, and its errors would add up from call to call. A Gibbs step
+    forgets them: the auxiliary blocks of m are drawn anew given the data block and a draw of x,
+
+        x = x' + s (n - (1 - l) H n),     n ~ N(0, I),     s^2 = sigma^2 mean(diag J)
+
+    made after the call before. What is not known gets the standard deviation s, what is known the
+    share l = noise / sqrt(s^2 + noise^2) of it. That leaves the law of m, given c, as it is.
+    mean(diag J) is estimated by n.Jn / n.n, one more backward pass (Hutchinson).
+    """
+    draw = None
+
+    def predict(m, t):
+        nonlocal draw
+        if draw is not None:
+            redraw(model, m, t, draw, randn)
+        D, sigma, times_J = denoised(model, net, m, t, label)
+        x = posterior_mean(model, D, sigma, times_J, see, known, passes, noise)
+
+        n = randn(x)
+        mean_diagonal = dot(n, times_J(n)) / dot(n, n)
+        variance = (sigma**2 * mean_diagonal).clamp(min=1e-12)
+        left = noise / (variance + noise**2).sqrt()
+        draw = x + variance.sqrt() * (n - (1 - left) * see(n))
+        return x
+
+    return predict
+
+
+def by_stroke(model, net, stroke, calls, label=None, randn=torch.randn_like):
+    """The AGM paper's dyn-v: before each of the first calls the auxiliary blocks are redrawn, given
+    the stroke."""
+    done = 0
+
+    def predict(m, t):
+        nonlocal done
+        if done < calls:
+            redraw(model, m, t, stroke, randn)
+        done += 1
+        return model.method.denoise(model.process, net, m, t, label)
+
+    return predict
+
+
+def denoised(model, net, m, t, label):
+    """D = E[x | y] (B, C, H, W), the noise sigma of y, and a function v -> J v, J = dD/dy, which
+    costs a backward pass. (That gives J^T v. The J of an exact denoiser is symmetric.)"""
+    w, snr = model.method.to_z(model.process, t)
+    sigma = float(snr) ** -0.5
+    with torch.enable_grad():
+        z = model.method.mix(w, m).requires_grad_()  # y / sigma
+        D = model.method.denoise_y(model.process, net, z, snr.expand(len(m)), label)
+
+    def times_J(v):
+        (sigma_J_v,) = torch.autograd.grad(D, z, v, retain_graph=True)
+        return sigma_J_v / sigma
+
+    return D.detach(), sigma, times_J
+
+
+def posterior_mean(model, D, sigma, times_J, see, known, passes, noise):
+    """E[x | y, c], c with white noise of that standard deviation, if x given y is Gaussian. Its
+    covariance is sigma^2 J (Tweedie), so the mean is
+
+        x' = D + J H u,     (H J H + noise^2/sigma^2) u = c - H D
+
+    u comes from `passes` steps of conjugate gradients, each with one product J v.
+    """
+    x = D
+    residual = known - see(D)
+    direction = residual
+    square = dot(residual, residual)
+    for _ in range(passes):
+        J_direction = times_J(direction)
+        A_direction = see(J_direction) + (noise / sigma) ** 2 * direction
+        step = square / dot(direction, A_direction)
+        step = step.nan_to_num(posinf=0.0).clamp(min=0)  # a network's J may be anything
+        x = x + step * J_direction
+        residual = residual - step * A_direction
+        square_before = square
+        square = dot(residual, residual)
+        direction = residual + (square / square_before).nan_to_num() * direction
+    if noise == 0:
+        x = x + known - see(x)
+    return x.clamp(-model.process.bound, model.process.bound)
+
+
+def dot(a, b):
+    """(B, 1, 1, 1): the product of each picture of a with that of b."""
+    return (a * b).sum((1, 2, 3), keepdim=True)
+
+
+def redraw(model, m, t, x, randn):
+    """Draws the auxiliary blocks of m anew, in place, given its data block and x: in m = mu x + L
+    eps, L lower, the data block fixes its own noise, and the rest of eps is fresh."""
+    C = x.shape[1]
+    mean = model.process.mean(t)
+    L = model.process.cholesky(t)
+    noise_of_q = (m[:, :C] - float(mean[0]) * x) / float(L[0, 0])
+    eps = torch.cat([noise_of_q, randn(m[:, C:])], 1)
+    drawn = model.method.mix(mean[:, None], x) + model.method.mix(L, eps)
+    m[:, C:] = drawn[:, C:]
+
+
+def mixed_in(model, m, stroke):
+    """The AGM paper's v <- .9 v + .1 stroke. Several auxiliary blocks: in the direction of their
+    mean."""
+    C = stroke.shape[1]
+    mean = model.process.mean(model.process.first)[1:]
+    push = model.method.mix(0.1 * (mean / mean.norm())[:, None], stroke)
+    return torch.cat([m[:, :C], 0.9 * m[:, C:] + push], 1)
+
+
+# -------------------------------------------------------------------------------------------------
+# From the command line
+
+
+def check_options(args):
+    """UserError for options that do not go together."""
+    pictures = given(args, "inpaint held_out stroke")
+    of_stroke = given(args, "inject share")
+    of_rest = given(args, "mask shrink rule passes noise")
+    if len(pictures) != 1:
+        raise UserError("give one picture: --inpaint FILE, --held-out NUMBER or --stroke FILE")
+    if args.stroke and of_rest:
+        raise UserError(f"{of_rest[0]} is for --inpaint and --held-out: leave it out")
+    if of_stroke and not args.stroke:
+        raise UserError(f"{of_stroke[0]} is for --stroke: leave it out")
+    if not args.stroke and (args.mask is None) == (args.shrink is None):
+        raise UserError(f"{pictures[0]}: give --mask FILE or --shrink K, what is known of it")
+    if args.guidance != 1 and args.class_ == "none":
+        raise UserError("--guidance belongs to --class: add that, or leave it out")
+
+
+def given(args, names):
+    """Those of the options that differ from their defaults."""
+    return [flag(name) for name in names.split() if getattr(args, name) != getattr(Options, name)]
+
+
+def check_model(args, model):
+    """UserError for what the network or the process cannot do."""
+    facts = model.facts
+    if facts["kind"] != "image":
+        raise UserError(f"this is for networks of 8-bit images, not of {facts['kind']} data")
+    if not args.stroke and args.rule != "paper" and model.process.target != "data":
+        raise UserError(f"--rule {args.rule} wants a net of target data: take --rule paper")
+    if args.stroke and model.process.n == 1:
+        raise UserError("a process of one block has nothing for a stroke to act on: --order 2")
+    if args.sampler == "strang" and args.rule != "covariance" and args.inject != "init":
+        raise UserError("strang loses what is redrawn: take another --sampler")
+    if any(side % (args.shrink or 1) for side in facts["shape"][1:]):
+        raise UserError(f"--shrink must divide the sides of the pictures, {facts['shape'][1:]}")
+
+
+def picture_of(args, model):
+    """The picture that is asked for (1, C, H, W) in network units, and what it is called."""
+    if args.held_out is None:
+        path = args.inpaint or args.stroke
+        pixels = fitted(read(path), path, model.facts["shape"], args.shrink or 1)
+        return pixels / 127.5 - 1, path
+    config = model.config
+    dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
+    if args.held_out >= len(dataset.test):
+        raise UserError(f"--held-out must be below {len(dataset.test)}, the number of them")
+    x, _ = dataset.held_out(slice(args.held_out, args.held_out + 1))
+    return x, dataset.held_out_name(args.held_out)
+
+
+def mask_of(args, model):
+    """(H, W), 1 where it is known. UserError if that is all or nothing."""
+    _, H, W = model.facts["shape"]
+    mask = fitted(read_mask(args.mask), args.mask, (1, H, W), 1)[0, 0] > 127
+    if mask.all():
+        raise UserError(f"--mask {args.mask}: all pixels are known, that is white")
+    if not mask.any():
+        raise UserError(f"--mask {args.mask}: no pixel is known, that is white")
+    return mask
+
+
+def fitted(array, path, shape, shrink):
+    """uint8 (h, w) or (h, w, c) -> float (1, C, H, W), 0 to 255, brought there as in training: its
+    central part, by Lanczos' filter. One of the size of the blocks is taken for their means."""
+    C, H, W = shape
+    if array.shape[:2] not in ((H, W), (H // shrink, W // shrink)):
+        try:
+            from PIL import Image, ImageOps
+        except ImportError:
+            text = f"pip install pillow, or give pictures of {H} x {W} pixels"
+            raise UserError(f"{path} has {array.shape[0]} x {array.shape[1]}: {text}") from None
+        image = Image.fromarray(array.squeeze())
+        array = np.asarray(ImageOps.fit(image, (W, H), Image.Resampling.LANCZOS))
+    x = torch.from_numpy(array.astype(np.float32)).reshape(1, *array.shape[:2], -1).movedim(3, 1)
+    if x.shape[1] not in (1, 3):
+        raise UserError(f"{path} has {x.shape[1]} channels: give 1 or 3")
+    if C == 1 and x.shape[1] == 3:
+        weights = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
+        x = (weights * x).sum(1, keepdim=True).round()
+    return interpolate(x.expand(1, C, -1, -1), (H, W))
+
+
+def rows(array, beside, columns=8):
+    """Completions as rows of a picture, each led by what is beside them."""
+    cells = []
+    for start in range(0, min(len(array), 256), columns):
+        cells += [beside, array[start : start + columns]]
+    return image_grid(np.concatenate(cells), len(beside) + columns)
+
+
+def complete(args):
+    """Draws and writes what the command line asks for."""
+    check_options(args)
+    model = sample.load(args.ckpt, args.method, args.order, device=args.device)
+    check_model(args, model)
+    sample.pick_sampler(model, args.sampler, args.nfe, {})
+    classes = sample.pick_classes(args.class_, model)
+    picture, name = picture_of(args, model)
+
+    passes = 0
+    if args.stroke:
+        calls = math.ceil(args.share * args.nfe) if args.inject == "dyn" else 0
+        rule = stroke_condition(picture, calls)
+        beside = picture
+    else:
+        shrink = args.shrink or 1
+        see = observation(mask_of(args, model) if args.mask else None, shrink)
+        noise = args.noise / 127.5 * shrink  # of a mean in all pixels of its block: shrink times
+        rule = condition(picture, see, args.rule, args.passes, noise)
+        beside = torch.cat([picture, see(picture)])
+        if args.rule != "paper":
+            passes = args.passes
+        if args.rule == "gibbs" and model.process.n > 1:
+            passes += 1
+
+    out = Path(args.out or model.path.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    with train.Stopping() as stopping:
+        array, labels = sample.collect(
+            model, args, args.n, stopping, classes=classes, condition=rule
+        )
+        arrays = dict(arr_0=array)
+        if classes:
+            arrays |= dict(labels=labels, names=model.facts["names"])
+        beside = data.finish(beside, model.facts)
+        sample.save(out, {"samples.png": lambda: png(rows(array, beside))}, **arrays)
+    print(f"of {name}, which stands first in each row of samples.png")
+    note = f" with {passes} backward passes each" if passes else ""
+    sample.report(model, args, 2 if classes and args.guidance not in (0, 1) else 1, note)
+    sample.leave(args, args.n, len(array), stopping.number)
+
+
+def main(argv=None):
+    run(lambda: complete(Options(**vars(parser(Options(), __doc__).parse_args(argv)))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,50 +1,25 @@
-"""data.py, extras/official.py and extras/pictures.py. Every file and server is made here."""
+"""data.py: batches, facts, named sets, arrays of every kind, and what is said of them."""
 
-import gzip
-import hashlib
-import io
 import math
-import os
-import re
-import struct
-import sys
-import tarfile
-import zipfile
-import zlib
+import warnings
 from itertools import product
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from test_formats import damaged, fails, make_cifar10, noise, paint, same
 
 import data
-from extras import official, pictures
+from formats import png
 
 PIXELS = {"kind": "image", "scale": 1.0}
 
 
-def fails(match, function, *args, **kwargs):
-    """The call raises a UserError of exactly one line that matches."""
-    with pytest.raises(data.UserError) as caught:
-        function(*args, **kwargs)
-    text = str(caught.value)
-    assert len(text.splitlines()) == 1 and re.search(match, text), text
-
-
-def same(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
-
-
 def worst(a, b):
-    return float(abs(torch.as_tensor(a).double() - torch.as_tensor(b).double()).max())
-
-
-def noise(seed, *shape):
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    a = torch.as_tensor(a).double()
+    b = torch.as_tensor(b).double()
+    return float((a - b).abs().max())
 
 
 def held_out(n):
@@ -52,456 +27,520 @@ def held_out(n):
     return np.isin(np.arange(n), np.random.default_rng(0).permutation(n)[: n // 5])
 
 
-def whole(dataset):
-    """All samples in the order of the file."""
-    n = len(dataset.train) + len(dataset.test)
-    out = torch.empty(n, *dataset.shape, dtype=dataset.train[:1].dtype)
-    out[~held_out(n)], out[held_out(n)] = dataset.train[:], dataset.test[:]
-    return out
+def normal(*shape):
+    return np.random.default_rng(0).normal(size=shape)
 
 
-def damaged(path, bits=None):
-    """The file cut in several places, empty, foreign, and with a wrong bit in several places or in those given."""
-    path, good = Path(path), Path(path).read_bytes()
-    n = len(good)
-    bad = [good[:i] for i in (0, 1, 5, 40, n // 2, n - 1)] + [b"foreign\n" * 99]
-    bits = range(n // 3, n - 60, n // 9) if bits is None else bits
-    bad += [good[:i] + bytes([good[i] ^ 4]) + good[i + 1 :] for i in bits]
-    for content in bad:
-        path.write_bytes(content)
-        yield content
-    path.write_bytes(good)
-
-
-def paint(path, pixels, mode=None, **keywords):
-    """A picture file, by Pillow; without it the test is skipped."""
-    image = pytest.importorskip("PIL.Image").fromarray(np.asarray(pixels)).convert(mode)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **keywords)
+def load(array, name="a.npy", **keywords):
+    np.save(name, array)
+    return data.load(name, **keywords)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "cache" / "phase-ref"
+
+
+# -------------------------------------------------------------------------------------------------
+# Batches and units
 
 
 def test_all_256_levels_survive_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     x, label = data.Dataset("made", "image", levels, levels).batch(1)
-    assert x.dtype == torch.float32 and label is None and (x.min(), x.max()) == (-1, 1)
+    assert (x.dtype, label, x.min(), x.max()) == (torch.float32, None, -1, 1)
     assert same(data.finish(x, PIXELS), levels.reshape(1, 16, 16, 1).numpy())
-    odd = torch.tensor([-9.0, 1.001, 100.4 / 127.5 - 1, 100.6 / 127.5 - 1]).reshape(1, 1, 2, 2)  # rounds, clamps
+
+
+def test_pixels_are_rounded_and_clamped():
+    odd = torch.tensor([-9.0, 1.001, 100.4 / 127.5 - 1, 100.6 / 127.5 - 1]).reshape(1, 1, 2, 2)
     assert data.finish(odd, PIXELS).ravel().tolist() == [0, 255, 100, 101]
 
 
-def test_batches_draw_every_sample_with_its_own_label_and_mirror_half():
+@pytest.fixture
+def drawn():
+    """5,000 samples of ten images, drawn with mirroring, and the images that they are made of."""
     torch.manual_seed(0)
-    x = 12 * torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1) + torch.arange(12).reshape(1, 3, 2, 2)
-    dataset = data.Dataset("ten", "image", x.byte(), x.byte(), torch.arange(10) * 3, flip=True)
-    batch, label = dataset.batch(5000)
-    truth = x[label // 3] / 127.5 - 1
-    plain, mirrored = ((batch - t).abs().flatten(1).amax(1) < 1e-6 for t in (truth, truth.flip(-1)))
-    assert (plain ^ mirrored).all()  # whole images, along the width, all channels together
+    level = 12 * torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
+    images = level + torch.arange(12, dtype=torch.uint8).reshape(1, 3, 2, 2)
+    dataset = data.Dataset("ten", "image", images, images, torch.arange(10) * 3, flip=True)
+    x, label = dataset.batch(5000)
+    return x, label, images[label // 3] / 127.5 - 1
+
+
+def test_images_are_mirrored_whole_along_the_width(drawn):
+    x, _, truth = drawn
+    plain = (x - truth).abs().flatten(1).amax(1) < 1e-6
+    mirrored = (x - truth.flip(-1)).abs().flatten(1).amax(1) < 1e-6
+    assert (plain ^ mirrored).all()
     assert abs(mirrored.sum() - 2500) < 180  # 5 standard deviations
-    assert (label.bincount(minlength=28)[::3] - 500).abs().max() < 110
 
 
-@pytest.mark.parametrize("flip", [False, True])
+def test_every_sample_is_drawn_as_often(drawn):
+    counts = drawn[1].bincount(minlength=28)[::3]
+    assert (counts - 500).abs().max() < 110  # 5 standard deviations
+
+
+def test_a_seed_draws_the_batch_that_it_always_drew():
+    torch.manual_seed(3)
+    _, label = data.load("digits").batch(12)
+    assert label.tolist() == [3, 6, 3, 9, 8, 2, 5, 7, 3, 0, 2, 6]
+
+
 @pytest.mark.parametrize("kind", ["image", "field", "points"])
-def test_facts_are_those_of_what_a_network_meets(kind, flip, monkeypatch):
-    rng = np.random.default_rng(0)
-    shape, labels = {"image": (60, 6, 5, 3), "field": (60, 5, 4, 7), "points": (60, 3)}[kind], rng.integers(0, 4, 60)
-    labels[labels == 2] = 3
-    array = noise(0, *shape) if kind == "image" else rng.normal(size=shape) * 5 + 300 + 20 * np.arange(shape[-1])
-    np.savez("a.npz", images=array, labels=labels)
-    facts, batches = [], []
-    for large in (2**30, 10):  # in memory, and row by row
+def test_a_large_array_gives_the_same_batches_as_one_in_memory(kind, monkeypatch):
+    found = []
+    for large in (2**30, 10):
         monkeypatch.setattr(data, "LARGE", large)
-        dataset = data.load("a.npz", flip=flip)
-        assert dataset.kind == kind and isinstance(dataset.train, data.Rows) == (large == 10)
-        facts.append(dataset.summary())
+        dataset = data.load(classed(kind)[0], flip=True)
+        assert isinstance(dataset.train, data.Rows) == (large == 10)
         torch.manual_seed(5)
-        batches.append(torch.stack([dataset.batch(9)[0] for _ in range(20)]))
-    assert same(*batches) and len(dataset.held_out(slice(3))[0]) == 3
-    x, f, raw = dataset.units(dataset.train[:]).double(), facts[0], dataset.train_labels
-    mirrored = torch.cat([x, x.flip(-1)]) if flip and kind != "points" else torch.cat([x, x])
-    means = [mirrored[torch.cat([raw, raw]) == k].mean(0) for k in (0, 1, 3)]
-    assert worst(f["mean"], mirrored.mean(0)) < 1e-6 and abs(f["std"] - mirrored.std(correction=0)) < 1e-6
-    assert worst(f["class_means"][[0, 1, 3]], torch.stack(means)) < 1e-6 and f["shape"] == list(dataset.shape)
-    assert (f["labels"], f["names"], f["kind"]) == (4, list("0123"), kind) and f["counts"] == raw.bincount().tolist()
-    assert abs(f["bound"] - (1.0 if kind == "image" else 1.1 * x.abs().max())) < 1e-6
-    inside = array[~held_out(60)]
-    assert np.abs(data.finish(x.float(), f) - inside).max() < 1e-3  # in the order of the file, and in its units
-    assert kind != "field" or np.allclose(f["window"], np.quantile(inside[..., :3], (0.001, 0.999)), atol=1e-3)
-    assert all(same(v, facts[1][k]) if torch.is_tensor(v) else v == facts[1][k] for k, v in f.items())
+        found.append(torch.cat([dataset.batch(9)[0] for _ in range(20)]))
+    assert torch.equal(*found)
+
+
+def test_held_out_samples_come_with_their_labels():
+    path, array, labels = classed("image")
+    x, label = data.load(path).held_out(slice(3))
+    rows = held_out(60)
+    assert worst(x.permute(0, 2, 3, 1), array[rows][:3] / 127.5 - 1) < 1e-6
+    assert label.tolist() == labels[rows][:3].tolist()
+
+
+def test_a_sample_that_is_held_out_has_the_name_of_its_file():
+    for part in ("train", "test"):
+        paint(f"s/{part}/a/1.png", noise(0, 9, 9))
+    assert data.load("s", size=8).held_out_name(0) == "test/a/1.png"
+
+
+def test_a_sample_without_a_file_is_named_by_its_number():
+    assert data.load("digits").held_out_name(3) == "held-out sample 3 of digits"
+
+
+# -------------------------------------------------------------------------------------------------
+# Facts
+
+
+def classed(kind):
+    """A file of 60 samples of classes 0, 1 and 3: its name, its array, its labels."""
+    shape = {"image": (60, 6, 5, 3), "field": (60, 8, 9, 7), "points": (60, 3)}[kind]
+    labels = np.random.default_rng(0).integers(0, 4, 60)
+    labels[labels == 2] = 3
+    array = noise(0, *shape)
+    if kind != "image":
+        array = normal(*shape) * 5 + 300 + 20 * np.arange(shape[-1])
+    np.savez("a.npz", images=array, labels=labels)
+    return "a.npz", array, labels
+
+
+@pytest.fixture(params=product(["image", "field", "points"], [False, True], [2**30, 10]))
+def known(request, monkeypatch):
+    """A data set, its facts, and all that a network meets of it, with the labels; of every kind,
+    mirrored or not, in memory or read row by row."""
+    kind, flip, large = request.param
+    monkeypatch.setattr(data, "LARGE", large)
+    dataset = data.load(classed(kind)[0], flip=flip)
+    x = dataset.units(dataset.train[:]).double()
+    mirrored = x.flip(-1) if flip and kind != "points" else x
+    labels = torch.cat([dataset.train_labels] * 2)
+    return dataset, dataset.summary(), torch.cat([x, mirrored]), labels
+
+
+def test_facts_name_shape_kind_and_classes(known):
+    dataset, facts, _, _ = known
+    assert (facts["kind"], facts["shape"]) == (dataset.kind, list(dataset.shape))
+    assert (facts["labels"], facts["names"]) == (4, list("0123"))
+    assert facts["counts"] == dataset.train_labels.bincount().tolist()
+
+
+def test_mean_and_std_are_those_of_what_a_network_meets(known):
+    _, facts, x, _ = known
+    assert worst(facts["mean"], x.mean(0)) < 1e-6
+    assert abs(facts["std"] - x.std(correction=0)) < 1e-6
+
+
+def test_means_of_classes_are_those_of_what_a_network_meets(known):
+    _, facts, x, labels = known
+    for k in (0, 1, 3):
+        assert worst(facts["class_means"][k], x[labels == k].mean(0)) < 1e-6
+
+
+def test_the_bound_is_a_tenth_above_the_largest_value(known):
+    dataset, facts, x, _ = known
+    bound = 1.0 if dataset.is_image else 1.1 * x.abs().max()
+    assert abs(facts["bound"] - bound) < 1e-6
+
+
+def test_finished_samples_are_in_the_order_and_units_of_the_file(known):
+    dataset, facts, x, _ = known
+    with np.load("a.npz") as file:
+        inside = file["images"][~held_out(60)]
+    assert worst(data.finish(x[: len(dataset.train)].float(), facts), inside) < 1e-3
+
+
+def test_the_window_of_a_field_shows_its_first_three_channels():
+    path, array, _ = classed("field")
+    shown = array[~held_out(60)][..., :3]
+    truth = np.quantile(shown, (0.001, 0.999))
+    assert np.allclose(data.load(path).summary()["window"], truth, atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------
+# Named sets
 
 
 def twin(name, n, rng):
     """The 2-D sets once more, as their papers and scikit-learn describe them."""
-    noise, u = rng.normal(size=(n, 2)), rng.random((4 * n, 2))
+    noise = rng.normal(size=(n, 2))
     if name == "gmm":
-        return rng.integers(-1, 2, (n, 2)) * 0.5 @ np.array([[1, 1], [-1, 1]]) / math.sqrt(2) + 0.04 * noise
+        rotation = np.array([[1, 1], [-1, 1]]) / math.sqrt(2)
+        return rng.integers(-1, 2, (n, 2)) * 0.5 @ rotation + 0.04 * noise
     if name == "spiral":
-        t = 1.5 * np.pi + 3 * np.pi * u[:n, :1]
+        t = 1.5 * np.pi + 3 * np.pi * rng.random((n, 1))
+        roll = t * np.concatenate([np.cos(t), np.sin(t)], 1) + 0.3 * noise
         corners = 1.2 * np.array([(0, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)])
-        return 0.05 * (t * np.concatenate([np.cos(t), np.sin(t)], 1) + 0.3 * noise) + corners[rng.integers(0, 5, n)]
+        return 0.05 * roll + corners[rng.integers(0, 5, n)]
     if name == "checkerboard":
-        board = 4 * u - 2
+        board = 4 * rng.random((4 * n, 2)) - 2
         return board[np.floor(board).sum(1) % 2 == 0][:n]
-    t, upper = np.pi * u[:n, 0], u[n : 2 * n, :1] < 0.5
-    moons = np.where(upper, np.stack([np.cos(t), np.sin(t)], 1), np.stack([1 - np.cos(t), 0.5 - np.sin(t)], 1))
+    t = np.pi * rng.random(n)
+    upper = np.stack([np.cos(t), np.sin(t)], 1)
+    lower = np.stack([1 - np.cos(t), 0.5 - np.sin(t)], 1)
+    moons = np.where(rng.random((n, 1)) < 0.5, upper, lower)
     return 1.5 * (moons + 0.05 * noise - (0.5, 0.25))
 
 
-@pytest.mark.parametrize("name", list(data.POINTS))
+def squares(points):
+    return np.histogram2d(*points.T, [np.linspace(-2.5, 2.5, 51)] * 2)[0]
+
+
+@pytest.mark.parametrize("name", data.POINTS)
 def test_points_follow_their_law(name):
-    dataset, n = data.load(name), 40_000
-    assert dataset.shape == data.shape_of(name) == (2,) and dataset.kind == "points" and not dataset.is_image
+    dataset = data.load(name)
     torch.manual_seed(0)
-    x, label = dataset.batch(n)
-    assert label is None and x.dtype == torch.float32 and same(data.finish(x, dataset.summary()), x.numpy())
-    assert len(x.unique(dim=0)) > 0.99 * n and not torch.equal(dataset.train, dataset.test)  # fresh points
-    bins = [np.linspace(-2.5, 2.5, 51)] * 2
-    truth = np.histogram2d(*twin(name, n, np.random.default_rng(0)).T, bins)[0]
-    for part in (x, dataset.train, dataset.test):
-        count, share = np.histogram2d(*part.numpy().T, bins)[0], len(part) / n
+    truth = squares(twin(name, 40_000, np.random.default_rng(0)))
+    for part in (dataset.batch(40_000)[0], dataset.train, dataset.test):
+        count = squares(part.numpy())
+        share = len(part) / 40_000
         full = count + truth > 9
-        chi2 = ((count - share * truth) ** 2 / (share * (count + truth)).clip(1e-9))[full].sum()
-        assert part.abs().max() < 2.5 and chi2 < full.sum() + 6 * math.sqrt(2 * full.sum()), chi2
+        chi2 = (count - share * truth)[full] ** 2 / (share * (count + truth))[full]
+        assert chi2.sum() < full.sum() + 6 * math.sqrt(2 * full.sum())
+
+
+@pytest.mark.parametrize("name", data.POINTS)
+def test_points_are_drawn_afresh(name):
+    dataset = data.load(name)
+    x, label = dataset.batch(1000)
+    assert (label, x.dtype, dataset.shape) == (None, torch.float32, data.shape_of(name))
+    assert len(torch.cat([x, dataset.batch(1000)[0]]).unique(dim=0)) > 1990
 
 
 def test_digits_are_the_1797_images_and_every_fifth_is_held_out():
-    digits, every = data.load("digits"), np.arange(1797) % 5 == 4
+    digits = data.load("digits")
+    every_fifth = np.arange(1797) % 5 == 4
     with np.load(data.DIGITS_FILE, allow_pickle=False) as file:
-        array, labels = file["images"], file["labels"]
-    assert digits.shape == data.shape_of("digits") == (1, 8, 8) and digits.names == list("0123456789")
-    for rows, x, y in ((every, digits.test, digits.test_labels), (~every, digits.train, digits.train_labels)):
-        assert same(x[:, 0].numpy(), array[rows]) and y.tolist() == labels[rows].tolist()
+        images = file["images"]
+        labels = file["labels"]
+    assert same(digits.test[:, 0].numpy(), images[every_fifth])
+    assert same(digits.train[:, 0].numpy(), images[~every_fifth])
+    assert digits.test_labels.tolist() == labels[every_fifth].tolist()
+    assert digits.train_labels.tolist() == labels[~every_fifth].tolist()
 
 
-ARRAYS = [
-    *product([(40, 5, 6), (40, 5, 6, 1), (40, 5, 6, 3)], ["u1"], [None, "arr_0", "images", "x", "other"]),
-    *product([(40, 5, 6), (40, 5, 6, 1), (40, 5, 6, 2), (40, 5, 6, 7)], ["<f2", ">f4", "<f8", ">u2"], ["arr_0"]),
-    *product([(500, 3)], ["<f2", ">f4", "<f8"], [None, "x"]),
+def test_official_files_become_a_data_set():
+    images = make_cifar10()
+    dataset = data.load("cifar10", "files")
+    assert same(torch.cat([dataset.train, dataset.test]).permute(0, 2, 3, 1).numpy(), images)
+    assert (dataset.flip, len(dataset.test), dataset.names[3]) == (True, 7, "cat")
+
+
+def test_a_folder_becomes_a_data_set():
+    for i, name in enumerate(("train/a/1", "train/b/2", "test/b/3")):
+        paint(f"s/{name}.png", np.full((9, 9), 20 * i, np.uint8))
+    dataset = data.load("s", size=4)
+    assert (dataset.shape, dataset.names) == ((1, 4, 4), ["a", "b"])
+    assert dataset.train_labels.tolist() == [0, 1]
+    assert (dataset.test == 40).all()
+
+
+@pytest.mark.parametrize(
+    ("match", "name", "folder"),
+    [
+        ("no data set 'spirals' \\(did you mean spiral\\?\\)", "spirals", None),
+        ("did you mean cifar10\\?", "CIFAR-10", None),
+        ("no such file or folder.*did you mean photos/flags\\?", "photos/flag", None),
+        (".*".join(data.NAMES), "zzzz", None),
+        ("photos/flags/a.txt is no data", "photos/flags/a.txt", None),
+        ("add --size", "photos", None),
+        ("--data-dir is for", "digits", "."),
+    ],
+)
+def test_a_wrong_name_is_one_line(match, name, folder):
+    Path("photos/flags").mkdir(parents=True)
+    Path("photos/flags/a.txt").touch()
+    fails(match, data.load, name, folder)
+
+
+def test_a_size_is_for_pictures_only():
+    fails("--size 8 is for a folder", data.shape_of, "digits", 8)
+
+
+def test_the_shape_of_pictures_is_known_unread():
+    Path("photos").mkdir()
+    assert data.shape_of("photos", 8) == (3, 8, 8)
+
+
+# -------------------------------------------------------------------------------------------------
+# Arrays
+
+
+KINDS = [
+    *product([(40, 5, 6), (40, 5, 6, 1), (40, 5, 6, 3)], ["u1"]),
+    *product([(40, 6, 6), (40, 5, 6, 2), (40, 9, 1, 2), (500, 3)], ["<f2", ">f4", "<f8"]),
+    *product([(40, 6, 6), (40, 5, 6, 2)], [">u2"]),
 ]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "key"), ARRAYS)
-def test_arrays_of_every_kind_are_read_and_restored_and_floats_standardised(shape, dtype, key):
-    array = (np.random.default_rng(0).normal(size=shape) * np.linspace(1, 4, shape[-1]) + 50).astype(dtype)
-    labels, rows = np.arange(len(array), dtype=np.int16)[:, None], ~held_out(len(array))
-    path = "f.npz" if key else "f.npy"
-    np.savez_compressed(path, labels=labels, **{key: array}) if key else np.save(path, np.asfortranarray(array))
-    dataset, flat = data.load(path), array[rows].astype(float).reshape(-1, 1 if len(shape) == 3 else shape[-1])
-    facts, x = dataset.summary(), dataset.units(dataset.train[:]).float()
-    restored, picture = data.finish(x, facts), data.picture(data.finish(x[:16], facts), facts)
-    assert restored.dtype == (np.uint8 if dtype == "u1" else np.float32) and picture.dtype == np.uint8
-    assert np.abs(restored.reshape(flat.shape).astype(float) - flat).max() < 1e-4
-    assert data.shape_of(path) == dataset.shape == x.shape[1:] and not dataset.flip
-    assert (picture.ndim == 3) == (flat.shape[1] > 1) and len(dataset.test) == len(array) // 5
-    assert (dataset.train_labels is None) == (key is None) == (not dataset.names)
-    assert key is None or same(dataset.train_labels.numpy(), np.flatnonzero(rows))
-    if dtype != "u1":
-        assert np.abs(dataset.shift.numpy() - flat.mean(0)).max() < 1e-9
-        assert abs(dataset.scale - math.sqrt(flat.var(0).mean())) < 1e-9 and abs(facts["std"] - 1) < 1e-6
+@pytest.fixture(params=KINDS, ids=str)
+def array(request):
+    shape, dtype = request.param
+    return (normal(*shape) * np.linspace(1, 4, shape[-1]) + 50).astype(dtype)
 
 
 @pytest.mark.filterwarnings("error")
-def test_broken_files_and_wrong_arrays_and_labels_say_what_was_found():
-    for name, save, bits in (("a.npy", np.save, ()), ("a.npz", np.savez_compressed, None)):
-        save(name, noise(0, 200, 4, 4))
-        for _ in damaged(name, bits):
-            fails("cannot read.*numpy.save", data.load, name)
+def test_arrays_are_read_and_restored(array):
+    dataset = load(np.asfortranarray(array))
+    restored = data.finish(dataset.units(dataset.train[:]).float(), dataset.summary())
+    truth = array[~held_out(len(array))]
+    assert restored.dtype == (np.uint8 if array.dtype == np.uint8 else np.float32)
+    assert np.abs(restored.reshape(truth.shape) - truth.astype(float)).max() < 1e-4
+    assert dataset.shape == data.shape_of("a.npy")
+
+
+@pytest.mark.parametrize("shape", [(40, 6, 6, 1), (40, 5, 6, 2), (500, 3)])
+def test_floats_are_centred_by_channel_and_divided_by_one_scale(shape):
+    array = normal(*shape) * np.linspace(1, 4, shape[-1]) + 50
+    dataset = load(array)
+    rows = array[~held_out(len(array))].reshape(-1, shape[-1])
+    assert np.abs(dataset.shift.numpy() - rows.mean(0)).max() < 1e-9
+    assert abs(dataset.scale - math.sqrt(rows.var(0).mean())) < 1e-9
+
+
+@pytest.mark.parametrize("key", ["arr_0", "images", "x", "other"])
+def test_the_array_of_an_npz_and_its_labels_are_found(key):
+    labels = np.arange(40, dtype=np.int16)[:, None]
+    np.savez_compressed("a.npz", labels=labels, **{key: noise(0, 40, 5, 6)})
+    dataset = data.load("a.npz")
+    assert dataset.train_labels.tolist() == np.flatnonzero(~held_out(40)).tolist()
+    assert dataset.names == [str(i) for i in range(40)]
+
+
+def test_samples_of_sample_py_are_data_with_the_names_of_their_classes():
+    names = ["cat", "dog", "owl"]
+    np.savez_compressed("a.npz", arr_0=noise(0, 40, 5, 6, 3), labels=np.arange(40) % 2, names=names)
+    facts = data.load("a.npz").summary()
+    assert (facts["names"], facts["labels"], facts["counts"][2]) == (names, 3, 0)
+
+
+def test_too_few_names_are_refused():
+    np.savez("a.npz", x=noise(0, 9, 5, 6), labels=np.arange(9), names=["a", "b"])
+    fails("labels up to 8, but 2 names", data.load, "a.npz")
+
+
+def test_other_arrays_of_an_npz_are_not_used_and_told():
+    np.savez("a.npz", images=noise(0, 9, 5, 6), other=np.zeros(3))
+    with pytest.warns(UserWarning, match="the samples are images; the other arrays are not used"):
+        data.load("a.npz")
+
+
+def test_an_npz_that_could_be_two_things_is_refused():
     np.savez("b.npz", a=noise(0, 5, 4, 4), y=np.arange(5))
     fails("cannot read .* call the samples images or x", data.load, "b.npz")
-    for array, match in (
-        (np.zeros((0, 8, 8), np.uint8), "empty"),
-        (np.zeros((5, 3, 8, 8), np.uint8), "C 1 or 3"),
-        (np.zeros((5, 8, 8), np.int64), "int64.*convert"),
-        (np.zeros((24, 25, 3), np.uint8), "one picture or many"),
-        (np.eye(5, dtype=np.uint8)[None], "multiply masks by 255"),
-        (np.array([[0.0, 1], [np.nan, 2]]), "not finite"),
-        (np.full((9, 2), 0.1), "constant"),
-        (np.array([{"a": 1}, None]), "cannot read.*(pickle|objects).*numpy.save"),
-    ):
-        for name, save in (("a.npy", np.save), ("a.npz", np.savez)):
-            save(name, array)
-            fails(match, data.load, name)
-    for labels, match in (
+
+
+@pytest.mark.parametrize("save", [np.save, np.savez, np.savez_compressed])
+@pytest.mark.filterwarnings("error")
+def test_a_damaged_file_is_one_line(save):
+    name = "a.npy" if save is np.save else "a.npz"
+    save(name, noise(0, 200, 4, 4))
+    size = Path(name).stat().st_size
+    bits = () if save is np.save else range(size // 3, size - 60, size // 9)
+    for _ in damaged(name, bits):
+        fails("cannot read.*numpy.save", data.load, name)
+
+
+@pytest.mark.parametrize("save", [np.save, np.savez, np.savez_compressed])
+def test_an_array_of_objects_is_told_from_a_broken_file(save):
+    name = "a.npy" if save is np.save else "a.npz"
+    save(name, np.array([np.zeros((2, 2)), np.zeros((3, 3)), None], dtype=object))
+    fails(
+        "it holds Python objects, as images of different sizes do: give one array", data.load, name
+    )
+
+
+def huge(name, entries):
+    """A small file whose header claims so many float64."""
+    with open(name, "wb") as file:
+        header = {"descr": "<f8", "fortran_order": False, "shape": (entries, 2)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(1000))
+
+
+def test_a_header_that_lies_is_one_line():
+    huge("a.npy", 10**14)
+    fails("cannot read a.npy", data.load, "a.npy")
+
+
+REFUSED = [
+    (np.zeros((0, 8, 8), np.uint8), "empty"),
+    (np.zeros((5, 3, 8, 8), np.uint8), "C 1 or 3"),
+    (np.zeros((5, 8, 8), np.int64), "int64.*convert"),
+    (np.zeros((24, 25, 3), np.uint8), r"one picture or many: give \(N, H, W, C\)$"),
+    (np.zeros((2000, 128, 1)), r"one picture or many: .*series are \(N, L, 1, C\)"),
+    (np.zeros((5, 4, 4, 4, 1)), "of a volume the slices can be channels"),
+    (np.zeros(9), r"points are \(N, D\)"),
+    (np.eye(5, dtype=np.uint8)[None], "multiply masks by 255"),
+    (np.array([[0.0, 1], [np.nan, 2]]), "not finite.*fill them, say with the mean"),
+    (np.full((9, 2), 0.1), "constant"),
+]
+
+
+@pytest.mark.parametrize(("array", "match"), REFUSED)
+def test_what_is_no_data_is_one_line(array, match):
+    fails(match, load, array)
+
+
+@pytest.mark.parametrize(
+    ("labels", "match"),
+    [
         (np.arange(40)[:, None], r"5 integers.*found int64 \(40, 1\)"),
         (np.arange(5.0), r"found float64 \(5,\)"),
         (np.array(list("abcde")), "found text"),
         (np.arange(5) - 1, "found -1 to 3"),
         (np.arange(5) * 10_000, "found 0 to 40000"),
-    ):
-        np.savez("a.npz", images=noise(0, 5, 4, 4), labels=labels)
-        fails(f"labels must be .*{match}", data.load, "a.npz")
+    ],
+)
+def test_wrong_labels_are_one_line(labels, match):
+    np.savez("a.npz", images=noise(0, 5, 4, 4), labels=labels)
+    fails(f"labels must be .*{match}", data.load, "a.npz")
 
 
-def test_a_few_rows_that_set_the_scale_are_warned_of(recwarn):
-    rng, n = np.random.default_rng(0), 20_000
-    clean = [rng.normal(size=(n, 2)), *(rng.standard_t(3, size=(n, c)) for c in (1, 2)), data.spiral(n).numpy()]
-    for array in (*clean, np.eye(10)[rng.integers(0, 10, n)]):
-        np.save("a.npy", array)
-        data.load("a.npy")
-    assert not [str(w.message) for w in recwarn]
-    odd = [(rng.normal(size=(99, 2)) * (1, 1000), "axis 0 spreads over .* one scale")]
-    odd += [(rng.normal(size=(20, 4, 8, 8)), r"\(N, C, H, W\)")]
-    for rows, value, shape in ((20, 1e4, (n, 2)), (5, -1e3, (n, 1)), (40, 300, (n, 8)), (3, 1e3, (400, 8, 8, 3))):
-        odd.append((rng.normal(size=shape), "half of the rows lie within .* a few set the scale"))
-        odd[-1][0][:rows] = value
-    for array, match in odd:
-        np.save("a.npy", array)
-        with pytest.warns(UserWarning, match=match):
-            data.load("a.npy")
+# -------------------------------------------------------------------------------------------------
+# What is odd about floats
 
 
-def official_files(folder):
-    """Small files of Fashion-MNIST and CIFAR-10 in their formats; {name: images (N, H, W, C), train and test}."""
-    Path(folder).mkdir()
-    truth = {"fashion": [noise(0, 7, 5, 6, 1), noise(1, 3, 5, 6, 1)]}
-    for part, array in zip(("train", "t10k"), truth["fashion"], strict=True):
-        for kind, content in (("images-idx3", array[..., 0]), ("labels-idx1", np.arange(len(array), dtype=np.uint8))):
-            header = struct.pack(f">{1 + content.ndim}I", 0x0800 + content.ndim, *content.shape)
-            Path(folder, f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + content.tobytes()))
-    parts = [noise(2 + i, 2 + i, 32, 32, 3) for i in range(6)]
-    truth["cifar10"] = [np.concatenate(parts[:5]), parts[5]]
-    with tarfile.open(Path(folder, "cifar-10-binary.tar.gz"), "w:gz") as tar:
-        for name, array in zip(official.CIFAR10_FILES, parts, strict=True):
-            content = b"".join(bytes([i]) + x.transpose(2, 0, 1).tobytes() for i, x in enumerate(array))
-            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return truth
+def replaced(array, rows, value):
+    array[rows] = value
+    return array
 
 
-@pytest.mark.parametrize(("name", "counts", "third"), [("fashion", [7], "Dress"), ("cifar10", range(2, 7), "cat")])
-def test_official_files_are_downloaded_checked_and_kept(cache, name, counts, third, monkeypatch):
-    def check(dataset):
-        for x, images in ((dataset.train, truth[0]), (dataset.test, truth[1])):
-            assert same(x.numpy().transpose(0, 2, 3, 1), images)
-        assert dataset.train_labels.tolist() == [i for n in counts for i in range(n)] and dataset.names[3] == third
-        assert dataset.flip == (name == "cifar10") and len(dataset.names) == 10
-
-    truth, files = official_files("files")[name], [Path(url).name for url in getattr(official, name.upper())]
-    check(data.load(name, "files"))
-    assert not cache.exists()  # with --data-dir
-    paths = [Path("files", file).resolve() for file in files]
-    hashes = {path.as_uri(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    monkeypatch.setattr(official, name.upper(), dict.fromkeys(hashes, "0" * 64))
-    fails("cannot fetch .*invalid hash.*: remove it and run again, or fetch file:.* by hand", data.load, name)
-    assert not [*cache.iterdir()]
-    monkeypatch.setattr(official, name.upper(), hashes)
-    check(data.load(name))
-    assert {path.name for path in cache.iterdir()} == {*files}
-    for _ in damaged(f"files/{files[0]}"):
-        fails(f"cannot fetch or read files/{files[0]} .*: remove it", data.load, name, "files")
-    Path("files", files[0]).unlink()
-    check(data.load(name))  # from the cache
-    fails(f"{files[0]}.*No such file.*by hand and give its folder as --data-dir", data.load, name, "files")
+def sea(fill):
+    """Temperatures of which the left 40 % are land."""
+    array = 290 + normal(300, 10, 10, 1)
+    array[:, :, :4] = fill
+    return array
 
 
-def test_imagenet64_is_its_batches_with_labels_from_0():
-    array, labels = noise(0, 33, 64, 64, 3), np.random.default_rng(1).integers(1, 1001, 33)
-    Path("in").mkdir()
-    for i, name in enumerate(official.IMAGENET64):
-        rows = slice(3 * i, 3 * i + 3)
-        planes = array[rows].transpose(0, 3, 1, 2).reshape(3, -1)
-        np.savez(f"in/{name}", data=planes, labels=labels[rows].tolist(), mean=planes.mean(0))
-    for _ in range(2):  # converted, and found
-        found = data.load("imagenet64", "in")
-        assert found.flip and found.name == "imagenet64" and len(found.names) == labels.max()
-        assert same(torch.cat([found.train, found.test]).numpy(), array.transpose(0, 3, 1, 2)) and len(found.test) == 3
-        assert torch.cat([found.train_labels, found.test_labels]).tolist() == (labels - 1).tolist()
+@pytest.mark.parametrize(
+    "array",
+    [
+        normal(20_000, 2),
+        np.random.default_rng(0).standard_t(3, size=(20_000, 2)),
+        data.spiral(20_000, torch.Generator().manual_seed(0)).numpy(),
+        np.eye(10)[np.random.default_rng(0).integers(0, 10, 20_000)],
+        np.maximum(normal(300, 8, 8, 1), 0),  # half of it is 0, but near
+        replaced(normal(1000, 2), slice(360), 30.0 + normal(360, 2)),  # 36 % are not few
+        normal(300, 24, 36, 5),
+        normal(300, 128, 1, 2),
+    ],
+)
+def test_ordinary_floats_are_not_warned_of(array):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(array)
 
 
-def test_strange_pictures(capfd):
-    """Each of one colour or two, so that what must come is known without a library."""
-    pil, text = pytest.importorskip("PIL.Image"), pytest.importorskip("PIL.PngImagePlugin").PngInfo()
-    flat, turn = np.ones((20, 30, 1), np.uint8), pil.Exif()
-    red, grey = flat * np.uint8([[[255, 0, 0]]]), flat[..., 0]
-    blue, halves = red[..., ::-1], np.concatenate([red[:, :20], red[:, :20, ::-1]], 1)
-    turn[0x0112] = 6  # to be seen after a quarter turn clockwise: the left side comes on top
-    text.add_text("prompt", "x" * 5_000_000, zip=True)
-    for name, pixels, mode, keywords in (
-        ("01 one pixel.png", red[:1, :1], "RGB", {}),
-        ("03 sixteen bits.png", grey * np.uint16(100 * 257 + 100), None, {}),
-        ("05 turned.jfif", halves, "RGB", dict(format="JPEG", quality=95, exif=turn)),
-        ("06 palette.png", grey * 0, "P", dict(transparency=0)),
-        ("07 alpha.png", flat * np.uint8([[[255, 0, 0, 102]]]), "RGBA", {}),
-        ("09 wide.ppm", np.concatenate([blue, red, red, blue], 1), "RGB", {}),
-        ("10 CAPITALS and a bitmap.PNG", red, "RGB", dict(format="BMP")),
-        ("11 картинка\n.webp", red, "RGB", dict(lossless=True)),
-        ("12 chunks.png", red, "RGB", dict(pnginfo=text, icc_profile=bytes(3_000_000))),
-        ("13 floats.tif", np.float32(grey), "F", {}),
-    ):
-        paint(f"s/{name}", pixels, mode, **keywords)
-    Path("s/14 truncated.png").write_bytes(Path("s/06 palette.png").read_bytes()[:60])
-    Path("s/15 postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    for name in (".hidden.png", "a.txt", "b.txt", "README"):
-        Path("s", name).touch()
-    Path("s/broken.png").symlink_to("nowhere.png")
-    Path("s/me").symlink_to("../s")
-    found, said = whole(data.load("s", size=8)).int(), capfd.readouterr().err
-    colours = {1: (100,) * 3, 3: (255,) * 3, 4: (255, 153, 153)}
-    truth = torch.tensor([colours.get(i, (255, 0, 0)) for i in range(9)])[:, :, None, None].repeat(1, 1, 8, 8)
-    truth[2, :, 4:] = truth[2, :, 4:].flip(0)
-    error = (found - truth).abs().amax(1)
-    assert error[2, [0, 1, 2, 5, 6, 7]].max() <= 20 and error[[0, 1, *range(3, 9)]].max() <= 1
-    for part in ("4 files not read (2 .txt, 1 without ending, 1 hidden), 1 broken links", "2 transparent",
-                 "1 enlarged", "3 broken pictures skipped: 13 floats.tif ("):  # fmt: skip
-        assert part in said and said.count("\n") == 1, said
-    pil.new("1", (9500, 9500), 1).save("large.png")  # 90 megapixels, where Pillow begins to warn
-    assert pictures.decode("large.png")[0].size == (9500, 9500)
-
-
-@pytest.mark.parametrize(("height", "width", "size"), [(40, 61, 16), (61, 40, 8), (50, 50, 50), (9, 7, 20)])
-def test_pictures_are_cut_and_resized_as_stated(height, width, size):
-    """The central square, by Pillow's Lanczos filter."""
-    image, side = noise(0, height, width), min(height, width)
-    paint("grey/0.png", image)
-    left, top = (width - side) / 2, (height - side) / 2
-    pil = pytest.importorskip("PIL.Image")
-    truth = pil.fromarray(image).resize((size, size), pil.LANCZOS, (left, top, left + side, top + side))
-    dataset = data.load("grey", size=size)
-    assert dataset.shape == (1, size, size) and not dataset.flip and worst(np.array(truth), dataset.train[0, 0]) <= 1
-
-
-CHUNKS = "0/a.png 1/b.png 0/c.png"  # of EDM and StyleGAN
-LAYOUTS = [  # files, dataset.json -> classes, the class of each file, what is held out, and why there are no classes
-    ("b/1.png b/2/3.png кот/4.png a/5.png", "", "a b кот", [1, 1, 2, 0], "", "^$"),
-    ("all/10/a.png all/9/a.png all/x/a.png all/9/b.png", "", "9 10 x", [1, 0, 2, 0], "", "^$"),
-    ("afhq/Train/cat/1.png afhq/Train/dog/2.png afhq/VAL/dog/3.png", "", "cat dog", [0, 1, 1], "VAL", "^$"),
-    ("train/a/1.png train/b/1.png validation/a/2.png test/b/3.png", "", "a b", [0, 1, 0, 1], "test valid", "^$"),
-    ("train/a/1.png train/b/2.png test/a/3.png train/stray.png", "", "", None, "test", "train/stray.png lies beside"),
-    ("only/1.png only/2.png", "", "", None, "", "^$"),
-    (CHUNKS, '{"labels": [["0/a.png", 2], ["1\\\\b.png", 0], ["0/c.png", 2]]}', "0 1 2", [2, 0, 2], "", "^$"),
-    (CHUNKS, '{"labels": null}', "", None, "", "dataset.json gives 0/a.png no class"),
-    (CHUNKS, '{"labels": [["0/a.png", 3]]}', "", None, "", "dataset.json gives 0/c.png no class"),
+FEW = "half of the rows lie within .* a few set the scale"
+ODD = [
+    (replaced(normal(20_000, 2), slice(20), 1e4), FEW),
+    (replaced(normal(20_000, 1), slice(5), -1e3), FEW),
+    (replaced(normal(400, 8, 8, 3), slice(3), 1e3), FEW),
+    (normal(99, 2) * (1, 1000), "axis 0 spreads over .*axis 1 over .*one scale"),
+    (sea(-9999), "40 % of the values are -9999, far from all others.*say with the mean"),
+    (sea(1e20), r"40 % of the values are 1e\+20, far from all others"),
+    (normal(60, 5, 24, 36), r"height 5 and width 24 with 36 channels.*\(N, C, H, W\)"),
+    (normal(60, 1, 20, 32), r"transpose it if it is \(N, C, H, W\)"),
+    (normal(60, 4, 16, 12), r"transpose it if it is \(N, C, H, W\)"),
+    (normal(20, 16, 16, 16), r"the slices of a volume \(N, D, H, W\) are channels"),
+    (normal(60, 128, 2), r"give \(N, L, 1, C\) if it is series of length L with C channels"),
 ]
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize(("names", "index", "classes", "labels", "apart", "reason"), LAYOUTS)
-def test_what_the_classes_are_and_what_is_held_out(names, index, classes, labels, apart, reason, zipped):
-    names = names.split()
-    with zipfile.ZipFile("set.ZIP", "w") as file:
-        for i, name in enumerate(names):
-            paint(f"set/{name}", np.full((9, 9, 3), 20 * i + 20, np.uint8))
-            file.write(f"set/{name}", name.replace("/", "\\"))
-            file.writestr(f"__MACOSX/._{name}", b"resource")
-        if index:
-            Path("set/dataset.json").write_text(index)
-            file.write("set/dataset.json", "dataset.json")
-    dataset = data.load("set.ZIP" if zipped else "set", size=4)
-    assert dataset.names == classes.split() and re.search(reason, dataset.no_labels)
-    for x, y, is_test in ((dataset.train, dataset.train_labels, False), (dataset.test, dataset.test_labels, True)):
-        files = (x[:, 0, 0, 0] // 20 - 1).tolist()
-        assert y is None if labels is None else y.tolist() == [labels[i] for i in files]
-        expected = [i for i, name in enumerate(names) if any(part in name for part in apart.split()) == is_test]
-        assert not apart or sorted(files) == expected
+@pytest.mark.parametrize(("array", "match"), ODD)
+def test_odd_floats_are_warned_of(array, match):
+    with pytest.warns(UserWarning, match=match):
+        load(array)
 
 
-def test_a_set_is_converted_once_and_again_when_it_changes(cache, monkeypatch):
-    for i in range(6):
-        paint(f"set/{'ab'[i % 2]}/{i}.png", noise(i, 8, 8, 3))
-    Path("set/a/broken.png").touch()
-    opened, decode = [], pictures.decode
-    monkeypatch.setattr(pictures, "decode", lambda *args: opened.append(1) or decode(*args))
-    first = whole(data.load("set", size=8))
-    assert len(opened) == 7 and same(whole(data.load("./set/", size=8)), first) and len(opened) == 7
-    for path in cache.iterdir():
-        for _ in damaged(path, bits=()):
-            assert same(whole(data.load("set", size=8)), first)
-    Path("set/a/0.png").unlink()
-    closed = Mock(side_effect=PermissionError(13, "Permission denied"))
-    with monkeypatch.context() as patch:  # what is closed today may be open tomorrow; what is half done leaves nothing
-        patch.setattr(pictures, "decode", closed)
-        fails("cannot read a/2.png of set .*Permission denied", data.load, "set", size=8)
-    assert not [*cache.glob("*.tmp")] and same(whole(data.load("set", size=8)), first[1:])
-    os.utime("set/b/5.png", (2, 2))
-    opened.clear()
-    assert same(whole(data.load("set", size=8)), first[1:]) and len(opened) == 6
+# -------------------------------------------------------------------------------------------------
+# Words and pictures
 
 
-def test_one_line_for_every_mistake_with_names_and_pictures(monkeypatch):
-    for name in ("empty/notes.txt", "broken/a.png", "photos/flags/a.txt"):
-        Path(name).parent.mkdir(parents=True)
-        Path(name).touch()
-    paint("set/a.png", noise(0, 8, 8, 3))
-    with zipfile.ZipFile("set.zip", "w") as file:
-        file.write("set/a.png")
-    for match, *args in (
-        ("no data set 'spirals' \\(did you mean spiral\\?\\)", "spirals"),
-        ("did you mean cifar10\\?", "CIFAR-10"),
-        ("no such file or folder.*did you mean photos/flags\\?", "photos/flag"),
-        (".*".join(data.NAMES), "zzzz"),
-        ("add --size", "photos"),
-        ("--data-dir is for", "digits", "."),
-    ):
-        fails(match, data.load, *args)
-    fails("--size 8 is for a folder", data.shape_of, "digits", 8)
-    assert data.shape_of("photos", 8) == (3, 8, 8) and data.shape_of("imagenet64") == (3, 64, 64)
-    fails(r"no pictures in empty \(1 files not read \(1 .txt\)\)", data.load, "empty", size=8)
-    fails("no pictures in broken .*1 broken pictures skipped: a.png", data.load, "broken", size=8)
-    for _ in damaged("set.zip", bits=()):
-        fails("cannot read set.zip", data.load, "set.zip", size=8)
-    monkeypatch.setenv("XDG_CACHE_HOME", "set/a.png")
-    fails("cannot write .*make room, or set XDG_CACHE_HOME", data.load, "set", size=8)
-    monkeypatch.setenv("XDG_CACHE_HOME", "other")
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    fails("pip install pillow", data.load, "set", size=8)
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (noise(0, 10, 32, 32, 3), "8 images of 32 x 32 pixels, 3 channels"),
+        (noise(0, 10, 24, 36), "8 images of 24 x 36 pixels (height x width), 1 channel"),
+        (normal(10, 9, 9, 5), "8 images of 9 x 9 pixels, 5 channels"),
+        (normal(10, 128, 1, 2), "8 series of length 128 with 2 channels"),
+        (normal(10, 2), "8 points of 2 numbers"),
+    ],
+)
+def test_data_are_described_with_channels_and_sides_by_name(array, words):
+    assert data.describe(load(array)) == words
 
 
-def read_png(content):
-    """Frames and delays of a PNG of filter 0 rows, animated or not; checks CRCs, header and order of the chunks."""
-    chunks, i = [], 8
-    while i < len(content):
-        n, kind = struct.unpack(">I4s", content[i : i + 8])
-        chunks.append((kind, content[i + 8 : i + 8 + n]))
-        assert struct.unpack(">I", content[i + 8 + n : i + 12 + n])[0] == zlib.crc32(kind + chunks[-1][1])
-        i += 12 + n
-    w, h, depth, colour, *rest = struct.unpack(">2I5B", chunks[0][1])
-    assert content[:8] == b"\x89PNG\r\n\x1a\n" and depth == 8 and colour in (0, 2) and rest == [0, 0, 0]
-    pixels = [body[4 * (kind == b"fdAT") :] for kind, body in chunks if kind in (b"IDAT", b"fdAT")]
-    rows = [np.frombuffer(zlib.decompress(body), np.uint8).reshape(h, -1) for body in pixels]
-    assert not any(r[:, 0].any() for r in rows)
-    numbers = [struct.unpack(">I", body[:4])[0] for kind, body in chunks if kind in (b"fcTL", b"fdAT")]
-    controls = [struct.unpack(">4I2H2B", body[4:]) for kind, body in chunks if kind == b"fcTL"]
-    assert numbers == [*range(len(numbers))] and all((*c[:4], *c[6:]) == (w, h, 0, 0, 0, 0) for c in controls)
-    animated = [b"acTL", b"fcTL", b"IDAT"] + [b"fcTL", b"fdAT"] * (len(rows) - 1)
-    assert [kind for kind, _ in chunks] == [b"IHDR", *(animated if controls else [b"IDAT"]), b"IEND"]
-    return [r[:, 1:].reshape((h, w, 3) if colour else (h, w)) for r in rows], [c[4] / c[5] for c in controls]
+def test_a_field_is_drawn_between_the_ends_of_its_window():
+    field = np.array([-9.0, -2, 0, 1, 2, np.nan]).reshape(1, 1, 6, 1)
+    drawn = data.picture(field, {"kind": "field", "window": (-2, 2)})
+    assert drawn[0, ::10].tolist() == [0, 0, 128, 191, 255, 0]
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3), (1, 1)])
-def test_png_decodes_back(shape):
-    array = noise(0, *shape)
-    for image in (array, array.swapaxes(0, 1)):  # not contiguous; replaces
-        data.write_png("a.png", image)
-        (found,), delays = read_png(Path("a.png").read_bytes())
-        assert same(found, image) and not delays
-    frames, delays = read_png(data.apng([array, 255 - array, array[::-1]], 40))
-    assert all(same(*pair) for pair in zip(frames, (array, 255 - array, array[::-1]), strict=True))
-    assert delays == [0.04, 0.04, 2.0]
-    fails("cannot write .*another folder", data.write_files, {"b.txt": b"x", "no/b.png": b"x"})
-    assert [path.name for path in Path().iterdir()] == ["a.png"]  # all or none
+def test_two_channels_are_drawn_in_colour():
+    facts = {"kind": "field", "window": (-2, 2)}
+    assert data.picture(normal(4, 8, 8, 2), facts).shape[2] == 3
 
 
-@pytest.mark.parametrize("c", [1, 3])
-def test_grids_hold_every_image_enlarged(c):
-    array = noise(0, 5, 8, 6, c)
-    grid = data.image_grid(array, columns=3, border=2, scale=4).reshape(72, 88, c)
-    small = grid[::4, ::4].copy()
-    assert same(small.repeat(4, 0).repeat(4, 1), grid)
-    for i in range(5):
-        cell = small[10 * (i // 3) :, 8 * (i % 3) :][:8, :6]
-        assert same(cell, array[i])
-        cell[:] = 128
-    assert (small == 128).all()  # the borders and the empty sixth place
-    field = np.array([-9.0, -2, 0, 1, 2, np.nan]).reshape(1, 1, 6, 1)  # shown between the ends of a window
-    assert data.picture(field, {"kind": "field", "window": (-2, 2)})[0, ::10].tolist() == [0, 0, 128, 191, 255, 0]
-    for size, scale in ((8, 8), (28, 2), (64, 1), (200, 1)):  # by whole factors
-        assert data.picture(np.zeros((64, size, size, c), np.uint8), PIXELS).shape[0] == scale * (8 * size + 7)
+def test_images_without_labels_are_a_square_grid():
+    images = noise(0, 9, 8, 8, 1)
+    assert same(data.picture(images, PIXELS), png.image_grid(images, 3))
+
+
+def test_each_class_has_a_row_with_its_name():
+    images = noise(0, 5, 8, 8, 1)
+    facts = PIXELS | {"names": ["cat", "dog", "owl"]}
+    drawn = data.picture(images, facts, labels=torch.tensor([2, 0, 2, 2, 0]))
+    empty = np.full((1, 8, 8, 1), 128, np.uint8)
+    rows = np.concatenate([images[[1, 4]], empty, images[[0, 2, 3]]])
+    assert same(drawn, png.image_grid(rows, 3, names=["cat", "owl"]))
+
+
+def test_a_class_has_at_most_32_columns():
+    drawn = data.picture(
+        noise(0, 80, 64, 64, 1), PIXELS | {"names": ["a", "b"]}, labels=np.arange(80) % 2
+    )
+    assert drawn.shape == (2 * 65 - 1, 24 + 32 * 65 - 1)
+
+
+def test_one_class_alone_is_a_grid_with_its_name():
+    images = noise(0, 9, 8, 8, 1)
+    drawn = data.picture(images, PIXELS | {"names": ["cat", "dog"]}, labels=np.ones(9, int))
+    assert same(drawn, png.image_grid(images, 3, names=["dog"]))
+
+
+def test_points_of_more_than_two_dimensions_say_which_are_drawn():
+    facts = {"kind": "points", "window": [(-3, 3), (-3, 3)]}
+    points = normal(1000, 5)
+    title = png.titled(png.histogram(points, limit=facts["window"]), "axes 0 and 1 of 5")
+    assert same(data.picture(points, facts), title)

@@ -29,38 +29,41 @@ import torch
 import data
 import train
 from extras import clock
-from formats.command import Options as Base
-from formats.command import flag, option, parser, run
+from formats.command import Options, flag, option, parser, run
 from formats.files import UserError, why, write_files
 from formats.png import apng, png, write_png
 
 
 @dataclass(frozen=True)
-class Options(Base):
-    """What the command line asks for; None: not given."""
+class Drawing(Options):
+    """Options of all commands that draw; None: not given."""
 
     ckpt: str = option(None, "checkpoint or folder of a run; default: the newest under runs/")
     nfe: int = option(20, "calls of the sampler", 1, 10**5)
     n: int = option(None, "samples; default: 64, 8 a class, 10,000 points", 1, 10**7, kind=int)
     first: int = option(0, "number of the first sample, which depends on it and --seed", 0, 10**9)
     sampler: str = option(None, "AGM: ode, exponential, splitting, em; HOLD: ode, strang, lie, em")
-    rho: float = option(None, "exponential, splitting, em: bends the grid", 0.01, 100, kind=float)
-    t_end: float = option(None, "all but ode: time of the last call, or step's end", kind=float)
-    multistep: int = option(None, "exponential: how many calls it extrapolates", 1, 4, kind=int)
-    grid: str = option(
-        None, "ode: learned, where the run has it, or even", choices=("learned", "even")
-    )
     class_: str = option(None, "a class, its number, all or none; default: all that the net knows")
     guidance: float = option(1.0, "class: 1 is its law, more exaggerates it", 0, 100)
     seed: int = option(0, "of the noise", 0, 2**32 - 1)
     batch: int = option(256, "samples at a time", 1, 10**6)
-    raw: bool = option(False, "draw with the last weights, not with their average (EMA)")
     method: str = option(None, "process to sample with", choices=train.METHODS)
     order: int = option(None, "of that process, for HOLD", 1, 8, kind=int)
-    amp: str = option("off", "bf16: autocast the net to bfloat16", choices=("off", "bf16"))
-    compile: bool = option(False, "compile the net: faster calls after a minute")
     device: str = option("auto", "cpu, cuda, mps; auto takes the first that is there")
     out: str = option(None, "folder for the results, which replace former ones; default: the run's")
+
+
+@dataclass(frozen=True)
+class Sampling(Drawing):
+    """Options of this command besides."""
+
+    grid: str = option(None, "ode: learned, the default, or even", choices=("learned", "even"))
+    rho: float = option(None, "exponential, splitting, em: bends the grid", 0.01, 100, kind=float)
+    t_end: float = option(None, "all but ode: time of the last call, or step's end", kind=float)
+    multistep: int = option(None, "exponential: how many calls it extrapolates", 1, 4, kind=int)
+    raw: bool = option(False, "draw with the last weights, not with their average (EMA)")
+    amp: str = option("off", "bf16: autocast the net to bfloat16", choices=("off", "bf16"))
+    compile: bool = option(False, "compile the net: faster calls after a minute")
     png_dir: str = option(None, "folder for one PNG a sample, 000000.png ..., RGB")
     film: bool = option(False, "film.png, too: the state's data block and the prediction by call")
 
@@ -248,50 +251,42 @@ def watched(predict, watch):
 # -------------------------------------------------------------------------------------------------
 # From the command line: what is asked
 
-MOVED = {  # options of before -> the command that has them now
-    **dict.fromkeys("--inpaint --mask --shrink --held-out --stroke".split(), "extras.complete"),
-    **dict.fromkeys("--nll --nll-steps --data --data-dir".split(), "extras.likelihood"),
-}
+
+def pick_classes(args, model):
+    """The classes that samples take in turn; [] for none. UserError for a class that the net does
+    not know, and for guidance without one."""
+    names = model.facts["names"]
+    known = []
+    if model.config.classes:
+        known = [i for i, count in enumerate(model.facts["counts"]) if count]
+    name = args.class_
+    if name is None or (name == "all" and known):
+        found = known
+    elif name == "none":
+        found = []
+    else:
+        # a name counts before a number
+        found = [i for i in known if names[i] == name] or [i for i in known if str(i) == name]
+        if not found:
+            some = shorten(", ".join(names[i] for i in known), 300, placeholder=" ...")
+            raise UserError(f"no --class {name:.40}: the net knows {some or 'none'}")
+    if args.guidance != 1 and not found:
+        raise UserError("--guidance belongs to a class: leave it out")
+    return found
 
 
-def read_options(argv):
-    """Options. UserError for what is none."""
-    for word in argv:
-        word = word.split("=")[0]
-        if word in MOVED:
-            raise UserError(f"{word} is an option of python -m {MOVED[word]} now")
-    return Options(**vars(parser(Options(), __doc__).parse_args(argv)))
-
-
-def pick_classes(name, model):
-    """The classes that samples take in turn, or None. name: a class, its number, "all", "none", or
-    None: all that the net knows. UserError for one that it does not know."""
-    if name == "none" or (name is None and not model.config.classes):
-        return None
-    if not model.config.classes:
-        raise UserError("--class wants a net that was trained with --classes: leave it out")
-    there = [i for i, count in enumerate(model.facts["counts"]) if count]
-    if name in (None, "all"):
-        return there
-    known = {str(i): i for i in there}
-    known |= {model.facts["names"][i]: i for i in there}  # a name counts before a number
-    if name not in known:
-        some = shorten(", ".join(known), 300, placeholder=" ...")
-        raise UserError(f"no --class {name:.40}: give all, none or one of {some}")
-    return [known[name]]
-
-
-def check_pngs(args, facts, n):
-    """UserError where --png-dir cannot take n new PNGs."""
+def new_pngs(args, facts, n):
+    """The files of --png-dir. UserError where one of them is there."""
+    if args.png_dir is None:
+        return []
     if facts["kind"] != "image":
         raise UserError("--png-dir is for 8-bit images: leave it out, samples.npz has the samples")
-    for i in range(args.first, args.first + n):
-        if png_path(args, i).exists():
-            raise UserError(f"{png_path(args, i)} exists already: choose another --png-dir")
-
-
-def png_path(args, i):
-    return Path(args.png_dir, f"{i:06d}.png")
+    paths = [Path(args.png_dir, f"{i:06d}.png") for i in range(args.first, args.first + n)]
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path} exists already: choose another --png-dir")
+    Path(args.png_dir).mkdir(parents=True, exist_ok=True)
+    return paths
 
 
 # -------------------------------------------------------------------------------------------------
@@ -303,8 +298,8 @@ class Stopped(Exception):
 
 
 def collect(model, args, n, stopping, watch=None, **how):
-    """The samples that `draw` yields, and their labels or None; how: more of its options. After a
-    signal those of the batches that are done, and if there are none the script ends."""
+    """What `draw` yields, as one array each; how: more of its options. After a signal that is what
+    was drawn in whole batches, and if there are none the script ends."""
     arrays = []
     labels = []
     calls = 0
@@ -319,78 +314,75 @@ def collect(model, args, n, stopping, watch=None, **how):
         if watch and not arrays:
             watch(m, x_hat)
 
-    asked = {
-        key: getattr(args, key) for key in ("nfe", "sampler", "guidance", "seed", "first", "batch")
-    }
+    for key in ("nfe", "sampler", "guidance", "seed", "first", "batch"):
+        how[key] = getattr(args, key)
     with suppress(Stopped):
-        for array, label in draw(model, n, watch=between_calls, **asked, **how):
+        for array, label in draw(model, n, watch=between_calls, **how):
             arrays.append(array)
             labels.append(label)
     if not arrays:
         print("stopped before a batch was drawn: nothing was written", file=sys.stderr)
         sys.exit(128 + stopping.number)
-    array = np.concatenate(arrays)
-    print(f"{len(array)} samples, seconds/sample {(time.perf_counter() - began) / len(array):.5f}")
-    return array, None if labels[0] is None else np.concatenate(labels)
+    return np.concatenate(arrays), None if labels[0] is None else np.concatenate(labels)
 
 
 def say_progress(share, began):
-    """On stderr, what is left of a long work. A terminal that is gone costs nothing."""
+    """On a terminal, how long the rest of a work will take."""
     left = (time.perf_counter() - began) * (1 / share - 1) / 60
-    if left > 0.1:
-        with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):  # a terminal that is gone costs nothing
+        if left > 0.1 and sys.stderr.isatty():
             print(f"{share:.0%} done, {left:.1f} minutes left ", end="\r", file=sys.stderr)
 
 
-def save(out, pictures, **arrays):
-    """Writes samples.npz, then the pictures {name: function that makes its bytes}: if one of them
-    fails it costs nothing else."""
-    write_files({out / "samples.npz": partial(np.savez_compressed, **arrays)})
-    print(f"wrote {out / 'samples.npz'}")
-    for name, picture in pictures.items():
-        try:
-            write_files({out / name: picture()})
-            print(f"wrote {out / name}")
-        except (UserError, MemoryError, ValueError) as error:
-            print(f"no {name}: {why(error)}")
+def draw_and_save(model, args, n, classes, pictures, note="", pngs=(), **how):
+    """Draws n samples, with more options of `draw` and `collect` in how, writes them, and says so.
+    pictures(array, labels) -> {name: bytes of a picture}. note: what a call costs besides."""
+    out = Path(args.out or model.path.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with train.Stopping() as stopping:
+        array, labels = collect(model, args, n, stopping, classes=classes or None, **how)
+        seconds = (time.perf_counter() - began) / len(array)
 
+        arrays = dict(arr_0=array)
+        if classes:
+            arrays |= dict(labels=labels, names=model.facts["names"])
+        write_files({out / "samples.npz": partial(np.savez_compressed, **arrays)})
+        for path, image in zip(pngs, array, strict=False):
+            write_png(path, image.repeat(3 // image.shape[2], 2))
+        drawn = pictures(array, labels)
+        write_files({out / name: drawn[name] for name in drawn})
 
-def report(model, args, calls, note=""):
-    """Who drew the samples, and how. calls: of the network for each call of the sampler."""
-    trained = f"target {model.config.target}, {model.config.data}"
-    print(f"network {model.path} ({trained}), process {model.process}")
+    calls = 1
+    if classes and args.guidance not in (0, 1):
+        calls = 2
+        note += f" ({args.nfe} calls of the sampler, 2 network calls each)"
     sampler = args.sampler or next(iter(model.method.SAMPLERS))
-    if calls > 1:
-        note += f" ({args.nfe} calls of the sampler, {calls} network calls each)"
-    print(f"sampler {sampler} NFE {calls * args.nfe}{note} on {model.device}")
-
-
-def leave(args, n, done, number):
-    """After a signal: says what was not drawn, and ends the script."""
-    if number and done < n:
-        rest = f"--first {args.first + done} --n {n - done}"
+    print(f"{len(array)} samples of {model.path} (target {model.config.target}) by {model.process}")
+    print(
+        f"sampler {sampler} NFE {calls * args.nfe}{note} seconds/sample {seconds:.5f} on {model.device}"
+    )
+    print(f"wrote samples.npz, {', '.join(drawn)} in {out}")
+    if stopping.number and len(array) < n:
+        rest = f"--first {args.first + len(array)} --n {n - len(array)}"
         print(f"stopped: {rest} with another --out draws the rest", file=sys.stderr)
-        sys.exit(128 + number)
+        sys.exit(128 + stopping.number)
 
 
 def sample(args):
     """Draws and writes what the command line asks for."""
     model = load(args.ckpt, args.method, args.order, args.raw, args.device)
     facts = model.facts
-    classes = pick_classes(args.class_, model)
-    if args.guidance != 1 and classes is None:
-        raise UserError("--guidance belongs to a class: leave it out")
-    n = args.n or max(64, 8 * len(classes or []))
+    classes = pick_classes(args, model)
+    grid = {}
+    for key in ("rho", "t_end", "multistep", "grid"):
+        if getattr(args, key) is not None:
+            grid[key] = getattr(args, key)
+    pick_sampler(model, args.sampler, args.nfe, grid)
+    n = args.n or max(64, 8 * len(classes))
     if facts["kind"] == "points":
         n = args.n or 10_000
-    grid = {key: getattr(args, key) for key in ("rho", "t_end", "multistep", "grid")}
-    grid = {key: value for key, value in grid.items() if value is not None}
-    pick_sampler(model, args.sampler, args.nfe, grid)
-    if args.png_dir:
-        check_pngs(args, facts, n)
-        Path(args.png_dir).mkdir(parents=True, exist_ok=True)
-    out = Path(args.out or model.path.parent)
-    out.mkdir(parents=True, exist_ok=True)
+    pngs = new_pngs(args, facts, n)
     if args.compile:
         model.net = torch.compile(model.net)
 
@@ -402,26 +394,34 @@ def sample(args):
         both = [data.picture(data.finish(x, facts), facts) for x in (q, x_hat)]
         frames.append(np.concatenate(both, 1))
 
-    with train.Stopping() as stopping:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            watch = film if args.film else None
-            array, labels = collect(model, args, n, stopping, watch, classes=classes, **grid)
-        arrays = dict(arr_0=array)
-        if classes:
-            arrays |= dict(labels=labels, names=facts["names"])
-        pictures = {"samples.png": lambda: png(data.picture(array, facts, labels))}
+    def pictures(array, labels):
+        drawn = {"samples.png": png(data.picture(array, facts, labels))}
         if frames:
-            pictures["film.png"] = lambda: apng(frames, 200)
-        save(out, pictures, **arrays)
-        if args.png_dir:
-            for i, image in enumerate(array, args.first):
-                write_png(png_path(args, i), image.repeat(3 // image.shape[2], 2))
-    report(model, args, 2 if classes and args.guidance not in (0, 1) else 1)
-    leave(args, n, len(array), stopping.number)
+            drawn["film.png"] = apng(frames, 200)
+        return drawn
+
+    watch = film if args.film else None
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+        draw_and_save(model, args, n, classes, pictures, pngs=pngs, watch=watch, **grid)
+
+
+MOVED = {  # options of before -> the command that has them now
+    **dict.fromkeys("--inpaint --mask --shrink --held-out --stroke".split(), "extras.complete"),
+    **dict.fromkeys("--nll --nll-steps --data --data-dir".split(), "extras.likelihood"),
+}
+
+
+def command(argv):
+    """Reads the command line, and draws."""
+    for word in argv:
+        word = word.split("=")[0]
+        if word in MOVED:
+            raise UserError(f"{word} is an option of python -m {MOVED[word]} now")
+    sample(Sampling(**vars(parser(Sampling(), __doc__).parse_args(argv))))
 
 
 def main(argv=None):
-    run(lambda: sample(read_options(sys.argv[1:] if argv is None else argv)))
+    run(lambda: command(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ each batch.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,8 +25,6 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 import data
 import sample
-import train
-from formats.command import Options as Base
 from formats.command import flag, option, parser, run
 from formats.files import UserError
 from formats.pictures import read, read_mask
@@ -37,10 +34,11 @@ SHARE = 0.5  # of the calls that follow a stroke
 
 
 @dataclass(frozen=True)
-class Options(Base):
+class Options(sample.Drawing):
     """What the command line asks for; None: not given."""
 
-    ckpt: str = option(None, "checkpoint or folder of a run; default: the newest under runs/")
+    n: int = option(32, "samples", 1, 10**7)
+    class_: str = option("none", "a class, its number, or all in turn, if the net knows classes")
     inpaint: str = option(None, "picture of which a part is known, by --mask or --shrink")
     held_out: int = option(None, "held-out picture of that number, for a FILE", 0, 10**9, kind=int)
     mask: str = option(None, "picture or .npy, white where it is known; its alpha, if it has one")
@@ -51,18 +49,6 @@ class Options(Base):
     stroke: str = option(None, "picture that the samples follow")
     inject: str = option("dyn", "redraw v given the stroke, or mix it in", choices=("dyn", "init"))
     share: float = option(SHARE, "dyn: share of the calls that follow the stroke", 0, 1)
-    nfe: int = option(20, "calls of the sampler", 1, 10**5)
-    n: int = option(32, "samples", 1, 10**7)
-    first: int = option(0, "number of the first sample", 0, 10**9)
-    sampler: str = option(None, "AGM: ode, exponential, splitting, em; HOLD: ode, lie, em")
-    class_: str = option("none", "a class, its number, or all in turn")
-    guidance: float = option(1.0, "class: 1 is its law, more exaggerates it", 0, 100)
-    seed: int = option(0, "of the noise", 0, 2**32 - 1)
-    batch: int = option(256, "samples at a time", 1, 10**6)
-    method: str = option(None, "process to sample with", choices=train.METHODS)
-    order: int = option(None, "of that process, for HOLD", 1, 8, kind=int)
-    device: str = option("auto", "cpu, cuda, mps; auto takes the first that is there")
-    out: str = option(None, "folder for the results, which replace former ones; default: the run's")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -267,8 +253,6 @@ def check_options(args):
         raise UserError(f"{of_stroke[0]} is for --stroke: leave it out")
     if not args.stroke and (args.mask is None) == (args.shrink is None):
         raise UserError(f"{pictures[0]}: give --mask FILE or --shrink K, what is known of it")
-    if args.guidance != 1 and args.class_ == "none":
-        raise UserError("--guidance belongs to --class: add that, or leave it out")
 
 
 def given(args, names):
@@ -351,7 +335,7 @@ def complete(args):
     model = sample.load(args.ckpt, args.method, args.order, device=args.device)
     check_model(args, model)
     sample.pick_sampler(model, args.sampler, args.nfe, {})
-    classes = sample.pick_classes(args.class_, model)
+    classes = sample.pick_classes(args, model)
     picture, name = picture_of(args, model)
 
     passes = 0
@@ -370,21 +354,13 @@ def complete(args):
         if args.rule == "gibbs" and model.process.n > 1:
             passes += 1
 
-    out = Path(args.out or model.path.parent)
-    out.mkdir(parents=True, exist_ok=True)
-    with train.Stopping() as stopping:
-        array, labels = sample.collect(
-            model, args, args.n, stopping, classes=classes, condition=rule
-        )
-        arrays = dict(arr_0=array)
-        if classes:
-            arrays |= dict(labels=labels, names=model.facts["names"])
-        beside = data.finish(beside, model.facts)
-        sample.save(out, {"samples.png": lambda: png(rows(array, beside))}, **arrays)
-    print(f"of {name}, which stands first in each row of samples.png")
+    def pictures(array, labels):
+        cells = rows(array, data.finish(beside, model.facts))
+        return {"samples.png": png(cells)}
+
+    print(f"{name} stands first in each row of samples.png")
     note = f" with {passes} backward passes each" if passes else ""
-    sample.report(model, args, 2 if classes and args.guidance not in (0, 1) else 1, note)
-    sample.leave(args, args.n, len(array), stopping.number)
+    sample.draw_and_save(model, args, args.n, classes, pictures, note, condition=rule)
 
 
 def main(argv=None):

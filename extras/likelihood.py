@@ -1,64 +1,204 @@
-"""A lower bound of log p(x) for AGM and HOLD with a network of any target, and what sample.py --nll makes of it."""
+"""Bounds the likelihood of held-out data, with a network of any target.
+
+    python -m extras.likelihood                    bits per dimension of the newest run's images
+    python -m extras.likelihood --steps 32         faster: for points that is enough
+
+The model: z = L^-1 m starts from the prior, runs along the flow of `ode`, dz = x_hat dkappa with
+kappa = L^-1 mu, up to a last time of small noise, and the sample is x_hat there plus noise of
+variance 1/SNR. The forward process leads from x to z = kappa x + eps, that is q(z | x). So
+
+    log p(x) >= E_q[log p(z) + log N(x; x_hat(z), 1/SNR) - log q(z | x)]
+
+on average over the data, though not at every x.
+"""
 
 import math
+import time
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from data import UserError
+import data
+import sample
+import train
+from formats.command import Options as Base
+from formats.command import option, parser, run
+from formats.files import UserError
+
+
+@dataclass(frozen=True)
+class Options(Base):
+    """What the command line asks for; None: not given."""
+
+    ckpt: str = option(None, "checkpoint or folder of a run; default: the newest under runs/")
+    n: int = option(None, "held-out samples; default: all of them", 2, 10**7, kind=int)
+    steps: int = option(96, "steps of Runge-Kutta 4, four calls each", 1, 10**5)
+    batch: int = option(256, "samples at a time", 1, 10**6)
+    seed: int = option(0, "of the noise", 0, 2**32 - 1)
+    method: str = option(
+        None, "process of the flow, if the net is a denoiser", choices=train.METHODS
+    )
+    order: int = option(None, "of that process, for HOLD", 1, 8, kind=int)
+    device: str = option("auto", "cpu, cuda, mps; auto takes the first that is there")
+    data: str = option(None, "another data set or file than the run's")
+    data_dir: str = option(None, "where the files of a named data set are")
+    raw: bool = option(False, "the last weights, not their average (EMA)")
 
 
 def log_likelihood_bound(method, process, predict, x, steps=96, exact=None):
-    """A lower bound of log p(x), in nats per sample (B,), from one draw of the noise. The model: z = L^-1 m from the
-    prior along the flow of `ode`, dz = x_hat dkappa, kappa = L^-1 mu, to SNR 4e4 or the process's last, then x_hat plus
-    noise of variance 1/SNR. With q(z | x) = N(kappa x, I) of the forward process, z = kappa x + eps, on average
-    log p(x) >= E_q[log p_ODE(z) + log N(x; x_hat(z), 1/SNR) - log q(z | x)], though not at every x.
-    steps: of Runge-Kutta 4, four calls each, even in the lambda of `ode`: 32 do for a smooth x_hat, but that of images
-    is clamped. exact: the divergence by d backward passes a call (default for d <= 16), else by a Rademacher probe."""
-    B, d = len(x), x[0].numel()
-    exact = d <= 16 if exact is None else exact
-    probes = torch.eye(d).to(x).reshape(d, 1, *x.shape[1:]) if exact else torch.randint_like(x, 2)[None] * 2 - 1
-    eps, R = torch.randn_like(torch.cat([x] * process.n, 1)), process.sigma_data * math.sqrt(2 * d)
-    low, high = method.lam(process, process.first, R), min(math.log1p(200 * R), method.lam(process, process.last, R))
-    ts = process.time_of_snr((torch.linspace(high, low, 2 * steps + 1, dtype=torch.float64).expm1() / R) ** 2)
-    L, mean = process.cholesky(ts), process.mean(ts)[..., None]
-    kappa, ts = torch.linalg.solve_triangular(L, mean, upper=False), ts.tolist()
+    """A lower bound of log p(x) (B,), in nats, for x (B, ...), from one draw of the noise.
 
-    def rate(i, z, slope):  # per unit of s, at time i: of z, and of log p, the divergence of that
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            x_hat = predict(method.mix(L[i], z), ts[i])
-            grads = [torch.autograd.grad((x_hat * v).sum(), z, retain_graph=True)[0] for v in probes]
-        trace = sum((v * method.mix(slope.mT, g)).flatten(1).sum(1) for v, g in zip(probes, grads, strict=True))
-        return method.mix(slope, x_hat.detach()), trace
+    steps: even in the lambda of `ode`. 32 do for a smooth x_hat, but that of images is clamped.
+    exact: the divergence of the flow by d backward passes a call (the default up to d = 16), else
+    estimated with one random probe.
+    """
+    d = x[0].numel()
+    if exact is None:
+        exact = d <= 16
+    if exact:
+        probes = torch.eye(d).to(x).reshape(d, 1, *x.shape[1:])
+    else:
+        probes = 2 * torch.randint_like(x, 2)[None] - 1
+    ts, L, kappa = path_of(method, process, steps, d)
+    eps = torch.randn(len(x), process.n * x.shape[1], *x.shape[2:]).to(x)
 
-    z, log_p = method.mix(kappa[0], x) + eps, torch.zeros(B).to(x)
-    error = x - predict(method.mix(L[0], z), ts[0]).detach()
-    for i in range(0, 2 * steps, 2):  # s from 0 to 1 over the step, kappa a parabola through its three times
+    # from the data to z, and what x_hat misses of x there
+    z = method.mix(kappa[0], x) + eps
+    missed = x - predict(method.mix(L[0], z), ts[0]).detach()
+    snr = float(process.snr(ts[0]))
+
+    # along the flow to the prior; a step is three times, and s runs over it from 0 to 1
+    rate = partial(flow_rate, method, predict, probes)
+    log_p = torch.zeros(len(x)).to(x)
+    for i in range(0, 2 * steps, 2):
+        start, middle, end = zip(ts[i : i + 3], L[i : i + 3], strict=True)
         k0, k1, k2 = kappa[i : i + 3]
-        a, da = rate(i, z, -3 * k0 + 4 * k1 - k2)
-        b, db = rate(i + 1, z + a / 2, k2 - k0)
-        c, dc = rate(i + 1, z + b / 2, k2 - k0)
-        e, de = rate(i + 2, z + c, k0 - 4 * k1 + 3 * k2)
-        z, log_p = z + (a + 2 * b + 2 * c + e) / 6, log_p + (da + 2 * db + 2 * dc + de) / 6
+        slope_0 = -3 * k0 + 4 * k1 - k2  # dkappa/ds of the parabola through them, at s = 0
+        slope_1 = k2 - k0  # at s = 1/2
+        slope_2 = k0 - 4 * k1 + 3 * k2  # at s = 1
+        dz_1, trace_1 = rate(z, *start, slope_0)
+        dz_2, trace_2 = rate(z + dz_1 / 2, *middle, slope_1)
+        dz_3, trace_3 = rate(z + dz_2 / 2, *middle, slope_1)
+        dz_4, trace_4 = rate(z + dz_3, *end, slope_2)
+        z = z + (dz_1 + 2 * dz_2 + 2 * dz_3 + dz_4) / 6
+        log_p = log_p + (trace_1 + 2 * trace_2 + 2 * trace_3 + trace_4) / 6
+
+    # the prior's density; (2 pi)^(-n d/2) is left out, as it is of q(z | x)
     w = torch.linalg.solve_triangular(torch.linalg.cholesky(process.prior_cov), L[-1], upper=False)
-    snr, prior = float(process.snr(ts[0])), method.mix(w, z)  # w z is N(0, I) under the prior
-    prior, error, eps = (v.flatten(1).square().sum(1) / 2 for v in (prior, error, eps))
-    log_p = log_p + d * float(w.diagonal().log().sum()) - prior  # of z at the last time, but for (2 pi)^(-n d/2)
-    return log_p + d / 2 * math.log(snr / (2 * math.pi)) - snr * error + eps
+    log_p = log_p + d * float(w.diagonal().log().sum()) - half_square(method.mix(w, z))
+    log_x = d / 2 * math.log(snr / (2 * math.pi)) - snr * half_square(missed)
+    log_q = -half_square(eps)
+    return log_p + log_x - log_q
 
 
-def held_out_nll(method, process, predict, dataset, facts, n=None, batch=256, steps=96, device="cpu"):
-    """A bound on -log p of each of the first n held-out samples, (n,) float64, and its unit. Images: bits per dimension
-    of the 8-bit values, made continuous by uniform noise of a grey level (its mean is again a bound); else nats in the
-    units of the file. facts: those of the run, whose units may be others than those of the dataset."""
-    n, shape, d = min(n or len(dataset.test), len(dataset.test)), list(dataset.shape), math.prod(dataset.shape)
-    if n < 2 or (dataset.kind, shape) != (facts["kind"], facts["shape"]):
-        wanted = f"at least 2 of {facts['kind']} {facts['shape']}"
-        raise UserError(f"--nll wants {wanted}, {dataset.name} has {n} held-out samples of {dataset.kind} {shape}")
-    shift, bounds = dataset.shift - torch.tensor(facts["shift"], dtype=torch.float64), []
+def path_of(method, process, steps, d):
+    """2 steps + 1 times from the data to the prior, even in lambda, and L and kappa (..., n, 1)
+    there. The first has SNR 4e4, if the process comes so near."""
+    R = process.sigma_data * math.sqrt(2 * d)
+    low = method.clock(process, process.first, R)
+    high = min(math.log1p(200 * R), method.clock(process, process.last, R))
+    even = torch.linspace(high, low, 2 * steps + 1, dtype=torch.float64)
+    ts = process.time_of_snr((even.expm1() / R) ** 2)
+    L = process.cholesky(ts)
+    kappa = torch.linalg.solve_triangular(L, process.mean(ts)[..., None], upper=False)
+    return ts.tolist(), L, kappa
+
+
+def flow_rate(method, predict, probes, z, t, L, slope):
+    """dz/ds = x_hat dkappa/ds, and its divergence (B,): v . J v summed over the probes v."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        x_hat = predict(method.mix(L, z), t)
+        trace = 0
+        for v in probes:
+            (grad,) = torch.autograd.grad((x_hat * v).sum(), z, retain_graph=True)
+            trace = trace + (v * method.mix(slope.mT, grad)).flatten(1).sum(1)
+    return method.mix(slope, x_hat.detach()), trace.detach()
+
+
+def half_square(v):
+    """(B,): |v|^2 / 2."""
+    return v.flatten(1).square().sum(1) / 2
+
+
+def held_out_nll(method, process, predict, dataset, facts, n=None, batch=256, steps=96):
+    """A bound on -log p of the first n held-out samples (n,), float64, and its unit.
+
+    Images: bits per dimension of the 8-bit values, made continuous by uniform noise of one grey
+    level, which makes the mean again a bound. Else nats in the units of the file. facts: those of
+    the run, whose units may be others than those of the dataset.
+    """
+    shape = list(dataset.shape)
+    d = math.prod(shape)
+    n = min(n or len(dataset.test), len(dataset.test))
+    if n < 2 or dataset.kind != facts["kind"] or shape != facts["shape"]:
+        raise UserError(
+            f"want at least 2 held-out samples of {facts['kind']} {facts['shape']}: "
+            f"{dataset.name} has {n} of {dataset.kind} {shape}"
+        )
+    bounds = []
     for rows in torch.arange(n).split(batch):
-        x = dataset.held_out(rows)[0].double() * dataset.scale + shift.reshape(-1, *[1] * (len(shape) - 1))
-        x = x / facts["scale"] + (torch.rand_like(x) - 0.5) / 127.5 * dataset.is_image
-        bounds.append(log_likelihood_bound(method, process, predict, x.float().to(device), steps).cpu().double())
-    nats = d * math.log(127.5 if dataset.is_image else facts["scale"]) - torch.cat(bounds)
-    return (nats / (d * math.log(2)), "bits/dim") if dataset.is_image else (nats, "nats/point")
+        x = in_units_of(facts, dataset, rows)
+        if dataset.is_image:
+            x = x + (torch.rand_like(x) - 0.5) / 127.5
+        bound = log_likelihood_bound(method, process, predict, x.float(), steps)
+        bounds.append(bound.double())
+    log_p = torch.cat(bounds)
+    if dataset.is_image:
+        return math.log2(127.5) - log_p / (d * math.log(2)), "bits/dim"
+    return d * math.log(facts["scale"]) - log_p, "nats/point"
+
+
+def in_units_of(facts, dataset, rows):
+    """Held-out samples in the network units of a run, float64."""
+    x, _ = dataset.held_out(rows)
+    shift = dataset.shift - torch.tensor(facts["shift"], dtype=torch.float64)
+    shift = shift.reshape(-1, *[1] * (x.ndim - 2))
+    return (x.double() * dataset.scale + shift) / facts["scale"]
+
+
+def measure(args):
+    """Prints what the command line asks for."""
+    model = sample.load(args.ckpt, args.method, args.order, args.raw, args.device)
+    config = model.config
+    folder = args.data_dir
+    if folder is None and args.data is None:
+        folder = config.data_dir
+    dataset = data.load(args.data or config.data, folder or None, config.flip, config.size)
+    n = min(args.n or len(dataset.test), len(dataset.test))
+    began = time.perf_counter()
+    calls = 0
+
+    def predict(m, t):
+        nonlocal calls
+        calls += len(m)
+        sample.say_progress(calls / (n * (4 * args.steps + 1)), began)
+        m = m.to(model.device)
+        return model.method.denoise(model.process, model.net, m, t).to("cpu")
+
+    torch.manual_seed(args.seed)
+    values, unit = held_out_nll(
+        model.method, model.process, predict, dataset, model.facts, n, args.batch, args.steps
+    )
+    mean = float(values.mean())
+    error = float(values.std()) / len(values) ** 0.5
+    minutes = (time.perf_counter() - began) / 60
+    print(f"negative log-likelihood <= {mean:.4f} +- {error:.4f} {unit}")
+    print(
+        f"(standard error over {len(values)} held-out samples of {dataset.name}), "
+        f"{minutes:.1f} minutes on {model.device}"
+    )
+    if unit == "bits/dim" and mean > 8:
+        cause = "the network does not know these data"
+        if args.steps < 96:
+            cause = f"{args.steps} steps are too few, try --steps 96, or {cause}"
+        print(f"that is worse than uniform noise, which has 8 bits/dim: {cause}")
+
+
+def main(argv=None):
+    run(lambda: measure(Options(**vars(parser(Options(), __doc__).parse_args(argv)))))
+
+
+if __name__ == "__main__":
+    main()

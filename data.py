@@ -147,11 +147,8 @@ class Dataset:
         std = math.sqrt(max(0.0, square / (n * size) - centre**2))
 
         counts = torch.zeros(0)
-        if self.train_labels is not None:
+        if classes:
             counts = self.train_labels.cpu().bincount(minlength=classes)
-        class_means = None
-        if by_class:
-            class_means = self.mean(sums, counts.clamp(min=1)[:, None])
 
         facts = {
             "kind": self.kind,
@@ -164,7 +161,7 @@ class Dataset:
             "names": list(self.names),
             "counts": counts.tolist(),
             "mean": self.mean(sums.sum(0), n)[0],
-            "class_means": class_means,
+            "class_means": self.mean(sums, counts.clamp(min=1)[:, None]) if by_class else None,
             "window": None,
         }
         some = self.train[:: 1 + n // min(10_000, 1 + 2**22 // size)]
@@ -411,8 +408,7 @@ def read_array(path):
         fix = "write it again with numpy.save or numpy.savez"
         raise UserError(f"cannot read {path} ({why(error)}): {fix}") from None
     if len(keys) > 1:
-        text = f"{path}: the samples are {key}; the other arrays are not used"
-        warnings.warn(text, stacklevel=1)
+        warn(path, f"the samples are {key}; the other arrays are not used")
     return found
 
 
@@ -448,6 +444,8 @@ def as_samples(path, array):
             " points are (N, D), images (N, H, W, C), series (N, L, 1, C), and of a volume the"
             " slices can be channels, (N, H, W, slices)"
         )
+    if is_float:
+        warn_of_axes(path, shape)
     if ndim == 3:
         array = array[..., None]
     return array, "image" if is_image else "field"
@@ -456,7 +454,6 @@ def as_samples(path, array):
 def samples(path, array, labels=None, names=(), held_out=None, no_labels="", files=()):
     """The arrays of a file as a Dataset. held_out: rows; by default a fifth of all, drawn at random
     but always the same. files: the name of each row's file."""
-    as_given = array.shape
     array, kind = as_samples(path, array)
     n = len(array)
     if held_out is None:
@@ -475,8 +472,6 @@ def samples(path, array, labels=None, names=(), held_out=None, no_labels="", fil
         units = {}
         change = partial(np.moveaxis, source=-1, destination=1)
     else:
-        if kind == "field":
-            warn_of_axes(path, as_given)
         shift, scale = standard(path, array, train_rows)
         units = {"shift": torch.from_numpy(shift), "scale": scale}
 
@@ -520,8 +515,7 @@ def check_labels(path, labels, names, n):
         raise UserError(f"{path}: labels must be from 0 to 9999; found {low} to {high}")
     if len(names) and high >= len(names):
         raise UserError(f"{path} has labels up to {high}, but {len(names)} names: give all names")
-    if not len(names):
-        names = range(high + 1)
+    names = names if len(names) else range(high + 1)
     return labels.astype(np.int64), [str(name) for name in names]
 
 
@@ -551,9 +545,11 @@ def standard(path, array, rows):
     if spread.min() < spread.max() / 100:
         narrow = int(spread.argmin())
         wide = int(spread.argmax())
-        text = f"{path}: {kind} {narrow} spreads over {spread[narrow]:.3g}, {kind} {wide} over"
-        text += f" {spread[wide]:.3g}, and one scale serves all: rescale if both matter"
-        warnings.warn(text, stacklevel=2)
+        warn(
+            path,
+            f"{kind} {narrow} spreads over {spread[narrow]:.3g}, {kind} {wide} over"
+            f" {spread[wide]:.3g}, and one scale serves all: rescale if both matter",
+        )
     some = values[:: 1 + values.array[0].size * len(rows) // 2**22]
     some = some.reshape(len(some), -1, array.shape[-1]).numpy()
     warn_of_fill(path, some)
@@ -561,33 +557,36 @@ def standard(path, array, rows):
     return shift.numpy(), scale
 
 
+def warn(path, text):
+    warnings.warn(f"{path}: {text}", stacklevel=3)
+
+
 def warn_of_axes(path, shape):
     """Fields of shape (N, H, W) or (N, H, W, C) whose axes may be others."""
-    height, width = shape[1:3]
-    taken = f"{path}: {shape} taken for images of height {height} and width {width}"
-    if len(shape) == 3 and height != width:
-        fix = "give (N, L, 1, C) if it is series of length L with C channels"
-        warnings.warn(f"{taken}: {fix}", stacklevel=2)
-    if len(shape) == 4 and shape[3] >= min(height, width) and width > 1:
+    height, width, *channels = shape[1:]
+    taken = f"{shape} taken for images of height {height} and width {width}"
+    if not channels and height != width:
+        warn(path, f"{taken}: give (N, L, 1, C) if it is series of length L with C channels")
+    if channels and channels[0] >= min(height, width) and width > 1:
         fix = "transpose it if it is (N, C, H, W); the slices of a volume (N, D, H, W) are channels"
-        warnings.warn(f"{taken} with {shape[3]} channels: {fix}", stacklevel=2)
+        warn(path, f"{taken} with {channels[0]} channels: {fix}")
 
 
 def warn_of_fill(path, some):
     """A value that stands for "missing", as -9999 does: frequent, and far from all others."""
-    for channel in range(some.shape[2]):
-        found, counts = np.unique(some[..., channel], return_counts=True)
-        most = int(counts.argmax())
-        share = counts[most] / counts.sum()
-        if share < 0.005 or len(found) < 3:
+    for values in np.moveaxis(some, 2, 0):
+        found, counts = np.unique(values, return_counts=True)
+        value = found[counts.argmax()]
+        share = counts.max() / values.size
+        others = values[values != value]
+        if share < 0.005 or not len(others):
             continue
-        others = np.repeat(np.delete(found, most), np.delete(counts, most))
         low, middle, high = np.quantile(others, (0.25, 0.5, 0.75))
-        if abs(found[most] - middle) > 20 * (high - low) > 0:
-            warnings.warn(
-                f"{path}: {100 * share:.0f} % of the values are {found[most]:.6g}, far from all"
-                " others: if that stands for missing values, fill them, say with the mean",
-                stacklevel=2,
+        if abs(value - middle) > 20 * (high - low) > 0:
+            warn(
+                path,
+                f"{100 * share:.2g} % of the values are {value:.6g}, far from all others: if that"
+                " stands for missing values, fill them, say with the mean",
             )
             return
 
@@ -599,8 +598,8 @@ def warn_of_far_rows(path, some, scale):
     near = float(np.median(distance))
     few = np.mean(distance > scale) < 0.1
     if few and near < scale / 6:  # Gaussians: 0.7 to 1; Student's t, 3 degrees of freedom: 0.4
-        warnings.warn(
-            f"{path}: half of the rows lie within {near:.2g} of the median, but a few set the scale"
-            f" of all, {scale:.2g}: are they data?",
-            stacklevel=2,
+        warn(
+            path,
+            f"half of the rows lie within {near:.2g} of the median, but a few set the scale of all,"
+            f" {scale:.2g}: are they data?",
         )

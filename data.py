@@ -23,6 +23,7 @@ round(v * 255 / 16).
 
 import difflib
 import math
+import os
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -369,11 +370,11 @@ def path_of(name, size):
     """The array file, or the folder or zip of pictures, of that name; UserError if none is."""
     path = Path(name).expanduser()
     wanted = f"give {', '.join(NAMES)}, an .npy/.npz file, a folder or zip of pictures"
-    if not path.exists():
+    if not os.path.exists(path):  # which is False for a name that is too long, too
         neighbours = [str(neighbour) for neighbour in path.parent.glob("*")]
         near = difflib.get_close_matches(name.lower(), NAMES + neighbours, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"no such file or folder, and no data set {name!r}{hint}: {wanted}")
+        raise UserError(f"no such file or folder, and no data set {name[:99]!r}{hint}: {wanted}")
     if path.is_file() and path.suffix not in (*ARRAYS, ".zip", ".ZIP"):
         raise UserError(f"{path} is no data: {wanted}")
     if path.suffix not in ARRAYS and not size:
@@ -396,14 +397,14 @@ def read_array(path):
             keys = set(loaded.files) - {"labels", "names"}
             chosen = keys if len(keys) == 1 else keys & {"images", "x"}
             if len(chosen) != 1:
-                held = ", ".join(loaded.files)
+                held = ", ".join(loaded.files) or "nothing"
                 raise ValueError(f"it holds {held:.99}: call the samples images or x")
             (key,) = chosen
             with loaded.zip.open(f"{key}.npy") as member:
                 refuse_objects(member.read(200))
             found = {"array": loaded[key]}
             for name in {"labels", "names"} & set(loaded.files):
-                found[name] = loaded[name]
+                found[name] = np.atleast_1d(loaded[name])
     except Exception as error:  # numpy and zipfile raise a dozen kinds
         fix = "write it again with numpy.save or numpy.savez"
         raise UserError(f"cannot read {path} ({why(error)}): {fix}") from None
@@ -513,10 +514,10 @@ def check_labels(path, labels, names, n):
     high = labels.max()
     if low < 0 or high >= 10_000:
         raise UserError(f"{path}: labels must be from 0 to 9999; found {low} to {high}")
-    if len(names) and high >= len(names):
+    names = np.ravel(names if len(names) else range(high + 1)).astype(str)
+    if high >= len(names):
         raise UserError(f"{path} has labels up to {high}, but {len(names)} names: give all names")
-    names = names if len(names) else range(high + 1)
-    return labels.astype(np.int64), [str(name) for name in names]
+    return labels.astype(np.int64), names.tolist()
 
 
 # -------------------------------------------------------------------------------------------------

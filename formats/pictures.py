@@ -53,7 +53,8 @@ def opened(file):
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         changes["further frames not read"] = frames - 1
-    has_16_bits = ";16" in str(image.tile)  # of colours Pillow keeps the upper eight bits
+    stored = str(image.tile)  # of colours of 16 bits Pillow keeps the upper eight
+    has_16_bits = ";16" in stored or "65535" in stored
     image = ImageOps.exif_transpose(image)
 
     if image.mode == "F":

@@ -181,10 +181,12 @@ def image_grid(images, columns=None, border=1, scale=None, names=()):
     most_rows = max(1, LARGEST_SIDE // (H * scale))
     most_columns = max(1, LARGEST_SIDE // (W * scale))
     if rows > most_rows or columns > most_columns:
-        text = f"{rows} rows of {columns} are too large for a picture"
-        warnings.warn(f"{text}: it shows {most_rows} of {most_columns} at most", stacklevel=2)
-        cells = cells[:most_rows, :most_columns]
-        rows, columns = cells.shape[:2]
+        all_of_them = f"{rows} rows of {columns}"
+        rows = min(rows, most_rows)
+        columns = min(columns, most_columns)
+        text = f"the picture shows {rows} rows of {columns}: {all_of_them} would be too large"
+        warnings.warn(text, stacklevel=2)
+        cells = cells[:rows, :columns]
 
     grid = cells.swapaxes(1, 2).reshape(rows * H, columns * W, c)
     grid = grid[: rows * H - border, : columns * W - border]

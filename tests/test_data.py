@@ -295,14 +295,14 @@ def test_the_shape_of_pictures_is_known_unread():
 # Arrays
 
 
-KINDS = [
-    *product([(40, 5, 6), (40, 5, 6, 1), (40, 5, 6, 3)], ["u1"]),
-    *product([(40, 6, 6), (40, 5, 6, 2), (40, 9, 1, 2), (500, 3)], ["<f2", ">f4", "<f8"]),
-    *product([(40, 6, 6), (40, 5, 6, 2)], [">u2"]),
-]
-
-
-@pytest.fixture(params=KINDS, ids=str)
+@pytest.fixture(
+    params=[
+        *product([(40, 5, 6), (40, 5, 6, 1), (40, 5, 6, 3)], ["u1"]),
+        *product([(40, 6, 6), (40, 5, 6, 2), (40, 9, 1, 2), (500, 3)], ["<f2", ">f4", "<f8"]),
+        *product([(40, 6, 6), (40, 5, 6, 2)], [">u2"]),
+    ],
+    ids=str,
+)
 def array(request):
     shape, dtype = request.param
     return (normal(*shape) * np.linspace(1, 4, shape[-1]) + 50).astype(dtype)
@@ -392,21 +392,21 @@ def test_a_header_that_lies_is_one_line():
     fails("cannot read a.npy", data.load, "a.npy")
 
 
-REFUSED = [
-    (np.zeros((0, 8, 8), np.uint8), "empty"),
-    (np.zeros((5, 3, 8, 8), np.uint8), "C 1 or 3"),
-    (np.zeros((5, 8, 8), np.int64), "int64.*convert"),
-    (np.zeros((24, 25, 3), np.uint8), r"one picture or many: give \(N, H, W, C\)$"),
-    (np.zeros((2000, 128, 1)), r"one picture or many: .*series are \(N, L, 1, C\)"),
-    (np.zeros((5, 4, 4, 4, 1)), "of a volume the slices can be channels"),
-    (np.zeros(9), r"points are \(N, D\)"),
-    (np.eye(5, dtype=np.uint8)[None], "multiply masks by 255"),
-    (np.array([[0.0, 1], [np.nan, 2]]), "not finite.*fill them, say with the mean"),
-    (np.full((9, 2), 0.1), "constant"),
-]
-
-
-@pytest.mark.parametrize(("array", "match"), REFUSED)
+@pytest.mark.parametrize(
+    ("array", "match"),
+    [
+        (np.zeros((0, 8, 8), np.uint8), "empty"),
+        (np.zeros((5, 3, 8, 8), np.uint8), "C 1 or 3"),
+        (np.zeros((5, 8, 8), np.int64), "int64.*convert"),
+        (np.zeros((24, 25, 3), np.uint8), r"one picture or many: give \(N, H, W, C\)$"),
+        (np.zeros((2000, 128, 1)), r"one picture or many: .*series are \(N, L, 1, C\)"),
+        (np.zeros((5, 4, 4, 4, 1)), "of a volume the slices can be channels"),
+        (np.zeros(9), r"points are \(N, D\)"),
+        (np.eye(5, dtype=np.uint8)[None], "multiply masks by 255"),
+        (np.array([[0.0, 1], [np.nan, 2]]), "not finite.*fill them, say with the mean"),
+        (np.full((9, 2), 0.1), "constant"),
+    ],
+)
 def test_what_is_no_data_is_one_line(array, match):
     fails(match, load, array)
 
@@ -462,22 +462,24 @@ def test_ordinary_floats_are_not_warned_of(array):
 
 
 FEW = "half of the rows lie within .* a few set the scale"
-ODD = [
-    (replaced(normal(20_000, 2), slice(20), 1e4), FEW),
-    (replaced(normal(20_000, 1), slice(5), -1e3), FEW),
-    (replaced(normal(400, 8, 8, 3), slice(3), 1e3), FEW),
-    (normal(99, 2) * (1, 1000), "axis 0 spreads over .*axis 1 over .*one scale"),
-    (sea(-9999), "40 % of the values are -9999, far from all others.*say with the mean"),
-    (sea(1e20), r"40 % of the values are 1e\+20, far from all others"),
-    (normal(60, 5, 24, 36), r"height 5 and width 24 with 36 channels.*\(N, C, H, W\)"),
-    (normal(60, 1, 20, 32), r"transpose it if it is \(N, C, H, W\)"),
-    (normal(60, 4, 16, 12), r"transpose it if it is \(N, C, H, W\)"),
-    (normal(20, 16, 16, 16), r"the slices of a volume \(N, D, H, W\) are channels"),
-    (normal(60, 128, 2), r"give \(N, L, 1, C\) if it is series of length L with C channels"),
-]
 
 
-@pytest.mark.parametrize(("array", "match"), ODD)
+@pytest.mark.parametrize(
+    ("array", "match"),
+    [
+        (replaced(normal(20_000, 2), slice(20), 1e4), FEW),
+        (replaced(normal(20_000, 1), slice(5), -1e3), FEW),
+        (replaced(normal(400, 8, 8, 3), slice(3), 1e3), FEW),
+        (normal(99, 2) * (1, 1000), "axis 0 spreads over .*axis 1 over .*one scale"),
+        (sea(-9999), "40 % of the values are -9999, far from all others.*say with the mean"),
+        (sea(1e20), r"40 % of the values are 1e\+20, far from all others"),
+        (normal(60, 5, 24, 36), r"height 5 and width 24 with 36 channels.*\(N, C, H, W\)"),
+        (normal(60, 1, 20, 32), r"transpose it if it is \(N, C, H, W\)"),
+        (normal(60, 4, 16, 12), r"transpose it if it is \(N, C, H, W\)"),
+        (normal(20, 16, 16, 16), r"the slices of a volume \(N, D, H, W\) are channels"),
+        (normal(60, 128, 2), r"give \(N, L, 1, C\) if it is series of length L with C channels"),
+    ],
+)
 def test_odd_floats_are_warned_of(array, match):
     with pytest.warns(UserWarning, match=match):
         load(array)

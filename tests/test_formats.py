@@ -244,7 +244,7 @@ def test_small_images_grow_by_whole_factors(size, scale):
 
 def test_a_grid_that_is_too_large_is_cut_with_a_warning():
     images = np.broadcast_to(np.uint8(0), (24_000, 8, 8, 3))
-    with pytest.warns(UserWarning, match="3000 rows of 8 are too large"):
+    with pytest.warns(UserWarning, match="shows .* rows of 8: 3000 rows of 8 would be"):
         grid = png.image_grid(images, columns=8)
     assert max(grid.shape) <= png.LARGEST_SIDE
 
@@ -341,13 +341,6 @@ def test_half_transparent_red_is_pale():
 def test_an_alpha_channel_that_hides_nothing_is_not_counted():
     paint("a.png", np.dstack([flat(7), flat(255)[..., :1]]), "RGBA")
     assert pictures.decode("a.png")[1] == {}
-
-
-@pytest.mark.parametrize("ending", ["gif", "webp", "png", "tif"])
-def test_further_frames_are_counted(ending):
-    frames = [pillow().fromarray(noise(i, 16, 16, 3)) for i in range(40)]
-    frames[0].save(f"a.{ending}", save_all=True, append_images=frames[1:])
-    assert pictures.decode(f"a.{ending}")[1]["further frames not read"] == 39
 
 
 def test_a_picture_of_ninety_megapixels_is_read():
@@ -635,18 +628,6 @@ def test_without_pillow_a_folder_is_one_line(monkeypatch):
 
 
 CHUNKS = "0/a.png 1/b.png 0/c.png"  # of EDM and StyleGAN
-LAYOUTS = [  # files, dataset.json -> classes, the class of each file, held out, why no classes
-    ("b/1.png b/2/3.png кот/4.png a/5.png", "", "a b кот", [1, 1, 2, 0], None, "^$"),
-    ("all/10/a.png all/9/a.png all/x/a.png", "", "9 10 x", [1, 0, 2], None, "^$"),
-    ("of/Train/cat/1.png of/Train/dog/2.png of/VAL/dog/3.png", "", "cat dog", [0, 1, 1], [2], "^$"),
-    ("train/a/1.png validation/a/2.png test/b/3.png", "", "a b", [0, 0, 1], [1, 2], "^$"),
-    ("train/a/1.png train/x.png test/a/3.png", "", "", None, [2], "train/x.png lies beside"),
-    ("only/1.png only/2.png", "", "", None, None, "^$"),
-    (CHUNKS, '[["0/a.png", 2], ["1\\\\b.png", 0], ["0/c.png", 2]]', "", [2, 0, 2], None, "^$"),
-    (CHUNKS, "null", "", None, None, "dataset.json gives 0/a.png no class"),
-    (CHUNKS, '[["0/a.png", 3]]', "", None, None, "dataset.json gives 0/c.png no class"),
-    (CHUNKS, "7", "", None, None, "dataset.json is of another kind"),
-]
 
 
 def make(names, index, zipped):
@@ -663,7 +644,28 @@ def make(names, index, zipped):
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize(("names", "index", "classes", "labels", "held_out", "reason"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("names", "index", "classes", "labels", "held_out", "reason"),
+    [  # files, dataset.json -> classes, the class of each file, held out, why no classes
+        ("b/1.png b/2/3.png кот/4.png a/5.png", "", "a b кот", [1, 1, 2, 0], None, "^$"),
+        ("all/10/a.png all/9/a.png all/x/a.png", "", "9 10 x", [1, 0, 2], None, "^$"),
+        (
+            "of/Train/cat/1.png of/Train/dog/2.png of/VAL/dog/3.png",
+            "",
+            "cat dog",
+            [0, 1, 1],
+            [2],
+            "^$",
+        ),
+        ("train/a/1.png validation/a/2.png test/b/3.png", "", "a b", [0, 0, 1], [1, 2], "^$"),
+        ("train/a/1.png train/x.png test/a/3.png", "", "", None, [2], "train/x.png lies beside"),
+        ("only/1.png only/2.png", "", "", None, None, "^$"),
+        (CHUNKS, '[["0/a.png", 2], ["1\\\\b.png", 0], ["0/c.png", 2]]', "", [2, 0, 2], None, "^$"),
+        (CHUNKS, "null", "", None, None, "dataset.json gives 0/a.png no class"),
+        (CHUNKS, '[["0/a.png", 3]]', "", None, None, "dataset.json gives 0/c.png no class"),
+        (CHUNKS, "7", "", None, None, "dataset.json is of another kind"),
+    ],
+)
 def test_classes_and_what_is_held_out(names, index, classes, labels, held_out, reason, zipped):
     names = names.split()
     found = loaded(path=make(names, index, zipped))

@@ -1,31 +1,43 @@
-"""The colour emoji of Google's Noto font (SIL Open Font License 1.1) as a folder of PNGs, a sub-folder for each class.
+"""The colour emoji of Google's Noto font (SIL Open Font License 1.1) as a folder of PNGs, a
+sub-folder for each class.
 
-apt-get install fonts-noto-color-emoji; pip install fonttools pillow
-python bench/emoji.py emoji                                  3,926 pictures of 136x128 pixels
-python train.py --data emoji --size 16 --classes --out runs/emoji
-python sample.py --ckpt runs/emoji --class all --n 80
-python bench/emoji.py runs/emoji emoji.png                   sixteen of each class; eight beside the nearest picture
+    apt-get install fonts-noto-color-emoji; pip install fonttools pillow
+    python bench/emoji.py emoji                        3,926 pictures of 136 x 128 pixels, seconds
+    python train.py --data emoji --size 16 --classes --out runs/emoji      50 minutes of one core
+    python sample.py --ckpt runs/emoji --n 80
+    python bench/emoji.py runs/emoji assets/emoji.png
+
+The last command draws sixteen samples of each class, and eight beside the training picture that is
+nearest in pixels. It prints what it wrote.
 """
 
-import sys
 from pathlib import Path
 
+import compare
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import train
+from formats.files import UserError
+from formats.png import image_grid, write_png
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 FACES = "1F600-1F644 1F910-1F917 1F920-1F92F 1F970-1F97A 1F9D0 1FAE0-1FAE8 2639-263A"
-HANDS = "261D 270A-270D 1F446-1F450 1F485 1F4AA 1F590-1F596 1F64C 1F64F 1F918-1F91F 1F90C 1F90F 1F932 1F933 1F9B5 1F9B6"
-HANDS += " 1F9BB 1FAF0-1FAF8"
+HANDS = (
+    "261D 270A-270D 1F446-1F450 1F485 1F4AA 1F590-1F596 1F64C 1F64F 1F918-1F91F 1F90C 1F90F 1F932 "
+    "1F933 1F9B5 1F9B6 1F9BB 1FAF0-1FAF8"
+)
 PEOPLE = "1F3FB-1F3FF 2640 2642 1F466-1F469 1F9D1"  # skin tones and genders, wherever they stand
 
 
 def among(code, ranges):
-    return any(int(r.split("-")[0], 16) <= code <= int(r.split("-")[-1], 16) for r in ranges.split())
+    """Whether a code point lies in one of the ranges."""
+    for part in ranges.split():
+        low, _, high = part.partition("-")
+        if int(low, 16) <= code <= int(high or low, 16):
+            return True
+    return False
 
 
 def kind(codes):
@@ -39,43 +51,71 @@ def kind(codes):
     return "faces" if among(codes[0], FACES) else "things"
 
 
-def extract(folder, font=FONT):
+def code_points(font):
+    """{glyph: code points}, of glyphs of one code point and of ligatures."""
+    codes = {name: [code] for code, name in font.getBestCmap().items()}
+    for lookup in font["GSUB"].table.LookupList.Lookup:
+        for table in lookup.SubTable:
+            table = getattr(table, "ExtSubTable", table)
+            for first, ligatures in getattr(table, "ligatures", {}).items():
+                for ligature in ligatures:
+                    sequence = []
+                    for name in (first, *ligature.Component):
+                        sequence += codes.get(name, [0])
+                    codes.setdefault(ligature.LigGlyph, sequence)
+    return codes
+
+
+def extract(folder, path=FONT):
     """The font's pictures as PNGs."""
     try:
         from fontTools.ttLib import TTFont
     except ImportError:
-        sys.exit("error: pip install fonttools to read the font")
-    font = TTFont(font)
-    codes = {name: [code] for code, name in font.getBestCmap().items()}
-    for lookup in font["GSUB"].table.LookupList.Lookup:  # a sequence of code points is a ligature
-        for table in (getattr(t, "ExtSubTable", t) for t in lookup.SubTable):
-            for first, ligatures in getattr(table, "ligatures", {}).items():
-                for ligature in ligatures:
-                    parts = [codes.get(name, [0]) for name in (first, *ligature.Component)]
-                    codes.setdefault(ligature.LigGlyph, [code for part in parts for code in part])
-    pictures = {name: glyph for name, glyph in font["CBDT"].strikeData[0].items() if name in codes}
-    for name, glyph in pictures.items():
-        path = Path(folder, kind(codes[name]), "-".join(f"{code:x}" for code in codes[name]) + ".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(glyph.imageData)
-    print(f"{len(pictures)} pictures in {folder}")
+        raise UserError("pip install fonttools to read the font") from None
+    if not Path(path).exists():
+        raise UserError(f"no {path}: apt-get install fonts-noto-color-emoji, or name the font")
+    font = TTFont(path)
+    codes = code_points(font)
+    written = 0
+    for name, glyph in font["CBDT"].strikeData[0].items():
+        if name in codes:
+            file = "-".join(f"{code:x}" for code in codes[name]) + ".png"
+            target = Path(folder, kind(codes[name]), file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(glyph.imageData)
+            written += 1
+    print(f"{written} pictures in {folder}")
 
 
 def show(run, picture):
-    """A PNG: a row of samples for each class, and eight samples beside the training picture nearest in pixels."""
+    """A PNG of a run's samples.npz: a row for each class, and eight beside their nearest."""
     config = train.load_checkpoint(run)["config"]
     pictures = data.load(config.data, size=config.size).train[:].permute(0, 2, 3, 1)
     with np.load(Path(run, "samples.npz")) as file:
-        x, labels = file["arr_0"], file["labels"]
-    some = x[:8]
-    nearest = torch.cdist(torch.from_numpy(some).flatten(1).float(), pictures.flatten(1).float()).argmin(1)
-    pairs = np.stack([some, pictures[nearest].numpy()], 1).reshape(16, *x.shape[1:])
+        x = file["arr_0"]
+        labels = file["labels"]
+    some = torch.from_numpy(x[:8])
+    apart = torch.cdist(some.flatten(1).float(), pictures.flatten(1).float())
+    pairs = torch.stack([some, pictures[apart.argmin(1)]], 1).flatten(0, 1)
     rows = [x[labels == i][:16] for i in np.unique(labels)]
-    data.write_png(picture, data.image_grid(np.concatenate([*rows, pairs]), columns=16, scale=3))
+    write_png(picture, image_grid(np.concatenate([*rows, pairs.numpy()]), columns=16, scale=3))
+    print(f"{picture}: samples of {run}; last row: each beside the training picture nearest to it")
+
+
+def main(argv=None):
+    p = compare.parser(__doc__)
+    p.add_argument("source", help="new folder for the pictures, or a run with samples")
+    p.add_argument("target", nargs="?", help="the font; of a run: the PNG to write")
+
+    def work():
+        args = p.parse_args(argv)
+        if Path(args.source, "ckpt.pt").exists():
+            show(args.source, args.target or "emoji.png")
+        else:
+            extract(args.source, args.target or FONT)
+
+    train.run(work)
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] and Path(sys.argv[1], "ckpt.pt").exists():
-        show(*sys.argv[1:])
-    else:
-        extract(*sys.argv[1:])
+    main()

@@ -1,36 +1,37 @@
-"""Fréchet distance on small images at few network calls, ours against the peers, as Markdown tables.
+"""Fréchet distance, contrast and distance to the flow on small images, ours beside the peers.
 
-    python bench/images.py --nfe 5 10 --n 2000              Fashion-MNIST; another call goes on where this one stopped
-    python bench/images.py --data cifar10 --data-dir DIR    CIFAR-10, whole or in part
+    python bench/images.py                                    digits: 25 minutes of one core, and
+                                                              5 for the training of two networks
+    python bench/images.py --group stochastic --nfe 10 20 50  digits: 20 minutes
+    python bench/images.py --data fashion --nfe 5 10 20 --search 200 --seeds 1      an hour, and
+                                                              25 minutes of training; or cifar10
 
-Images are made 16x16. Every network is the same UNet with the same number of updates (the minutes are in its log):
-`denoiser`, which AGM, HOLD and the field's samplers (`EDM, ...`) share, and `fm`, flow matching. The Fréchet distance
-is between samples and training images in the features of a small classifier that this script trains on their labels;
-floor is that of as many held-out images. It also rewards lucky errors, too much contrast among them; the distance to
-the converged flow, root mean square per pixel of the first 500 samples against the same noise taken along the
-network's flow with --flow-nfe calls, is the error of the sampler alone. Ours run on their default grid and each peer on
-its field's default, but for `best grid`, which gets the best of the grids in peers.py at every NFE up to 20, found with
---search samples. Networks and numbers are kept in --out.
+It prints a table for each quantity, calls in columns, means and spreads over --seeds networks, and
+keeps them in bench/results/images.json. Networks are in --runs, NAME-SEED; missing ones are
+trained: digits by train.py's preset, the others, brought to 16 x 16, by 4,500 updates of 64.
+
+frechet   distance of the samples to the data: digits on their 64 raw pixels, to all 1,797; else in
+          the features of a small classifier that is trained on the labels, to the training images
+contrast  standard deviation of all pixels; the data's stands in the row "data"
+distance  root mean square distance per pixel of the first 500 samples to where the network's own
+          flow, followed with --flow-calls calls, takes the same noise: the sampler's error alone
+"data" is the same of data: a half of the digits against the other, held-out images.
+A peer's best grids are those of peers.GRIDS with the least of each, of --search samples.
 """
 
-import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
+import compare
 import numpy as np
 import torch
-from torch.nn.functional import avg_pool2d, pad
-
-sys.path.insert(0, str(Path(__file__).parent))
-import peers
 from fid import classifier, frechet, moments
+from torch.nn.functional import avg_pool2d, pad
 
 import data
 import train
 
-OURS = ["AGM denoiser, ode", "AGM denoiser, exp", "HOLD1 denoiser, ode", "HOLD3 denoiser, ode"]
-FIELD = ["(2M)", "(3M)", "UniPC", "DEIS tAB3 with", "iPNDM-3"]
+PRESET = "--steps 4500 --batch 64 --width 24 --mult 1 2 2 --blocks 1 --lr 2e-3"
 
 
 def small(images):
@@ -39,59 +40,92 @@ def small(images):
     return avg_pool2d(pad(images.float(), (edge,) * 4), 2).round().to(torch.uint8)
 
 
-def score(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--data", default="fashion", help="fashion, cifar10, or an .npz of such images and their labels")
-    p.add_argument("--data-dir", help="its folder or archive")
-    p.add_argument("--nets", nargs="+", default=["denoiser"], choices=peers.NETS, help="networks to train or load")
-    p.add_argument("--only", nargs="+", default=OURS + FIELD, help="contenders whose name contains one of these")
-    p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20, 50], help="network calls")
-    p.add_argument("--n", type=int, default=5000, help="samples")
-    p.add_argument("--search", type=int, default=1000, help="samples for the choice of a peer's grid")
-    p.add_argument("--flow-nfe", type=int, default=400, help="network calls of the converged flow")
-    p.add_argument("--steps", type=int, default=5000, help="updates of 128 images a network")
-    p.add_argument("--width", type=int, default=32, help="of the UNet")
-    p.add_argument("--epochs", type=int, default=3, help="of the classifier")
-    p.add_argument("--amp", choices=["off", "bf16"], default="bf16", help="autocast of the training")
-    p.add_argument("--out", default="runs/images", help="folder of networks and numbers")
-    args = p.parse_args(argv)
-    if min(args.n, args.search) < 10:
-        raise data.UserError("--n and --search must be at least 10 for a Fréchet distance")
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset, name = data.load(args.data, args.data_dir), Path(args.data).stem
-    images, test, labels = small(dataset.train), small(dataset.test), dataset.train_labels
-    file, kept = folder / f"{name}.npz", folder / f"{name}-classifier.pt"
-    np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-    features = classifier(kept, images, labels, test, dataset.test_labels, args.epochs)
-    reference = moments([features(images / 127.5 - 1)])
+def units(images):
+    return images / 127.5 - 1
+
+
+def goals(numbers):
+    """What a peer's best grid is best in."""
+    return {key: numbers[key] for key in ("frechet", "distance") if key in numbers}
+
+
+def of_digits(args):
+    """How samples are measured, and the numbers of five halves of the digits against the rest."""
+    digits = data.load("digits")
+    everything = units(torch.cat([digits.train, digits.test])).flatten(1)
+    known = moments([everything])
 
     def measure(x):
-        """Fréchet distance; its standard error from the draw of the samples (jackknife, a fifth left out); the
-        standard deviation of the pixels."""
-        f, fifth = features(x), torch.arange(len(x)) % 5
-        rest = torch.tensor([frechet(moments([f[fifth != i]]), reference) for i in range(5)])
-        return [frechet(moments([f]), reference), 2 * float(rest.std(correction=0)), float(x.std())]
+        x = x.flatten(1)
+        return {"frechet": frechet(moments([x]), known), "contrast": float(x.std())}
 
-    held_out = test[: args.n] / 127.5 - 1
-    floor, error, std = measure(held_out)
-    print(f"floor: {floor:.4f} ± {error:.4f}, pixels {std:.4f} ({len(held_out)} held-out images)", flush=True)
-    results, rows = peers.Results(folder / f"{name}.json"), {}
-    options = ["--data", str(file), "--width", str(args.width), "--mult", "1", "2", "--blocks", "1", "--batch", "128"]
-    options += ["--lr", "2e-3", "--amp", args.amp]
-    sampling = partial(peers.evaluate, score=lambda row: row[0], n_search=args.search, n_flow=500, batch=250)
-    for net in args.nets:
-        path = peers.checkpoint(folder / f"{name}-{net}", net, args.steps, options)
-        for contender in peers.contenders(net, args.only):
-            row = sampling(contender, [path], args.nfe, args.n, measure, results, flow_nfe=args.flow_nfe)
-            rows[contender.title] = row
-    for i, quantity in enumerate(("Fréchet distance", "its error", "std of the pixels", "distance to the flow")):
-        print(f"\n{name}, {quantity}\n")
-        peers.table(rows, args.nfe, i)
-    peers.grids_used(rows)
+    def held_out(seed):
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
+        half, rest = everything[order].split(len(order) // 2 + 1)
+        distance = frechet(moments([half]), moments([rest]))
+        return {"frechet": distance, "contrast": float(half.std())}
+
+    return measure, held_out
 
 
-TOY = "--steps 2 --n 20 --search 10 --nfe 2 --flow-nfe 4 --epochs 1 --width 8 --only exponential UniPC-2"
+def of_classifier(args):
+    """The same in a classifier's features; writes the small images that the net is trained on."""
+    dataset = data.load(args.data, args.data_dir)
+    images = small(dataset.train)
+    test = small(dataset.test)
+    folder = Path(args.runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    np.savez(folder / f"{args.data}.npz", images=pixels, labels=dataset.train_labels.numpy())
+    file = folder / f"{args.data}-classifier.pt"
+    labels = dataset.train_labels, dataset.test_labels
+    features = classifier(file, images, labels[0], test, labels[1], args.epochs)
+    known = moments(features(units(part)) for part in images.split(1000))
+
+    def measure(x):
+        return {"frechet": frechet(moments([features(x)]), known), "contrast": float(x.std())}
+
+    def held_out(seed):
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
+        return measure(units(test[order[: args.n]]))
+
+    return measure, held_out
+
+
+def score(argv):
+    p = compare.parser(__doc__, "images")
+    p.add_argument("--data", default="digits", help="digits, fashion, cifar10; default: digits")
+    p.add_argument("--data-dir", help="folder or archive of the data set")
+    p.add_argument("--group", default="few", choices=compare.GROUPS, help="contenders")
+    p.add_argument("--only", nargs="+", default=[""], help="contenders that contain one of these")
+    p.add_argument("--seeds", type=int, default=2, help="networks")
+    p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20], help="calls")
+    p.add_argument("--n", type=int, default=1797, help="samples")
+    p.add_argument("--search", type=int, default=200, help="samples for the choice of a grid")
+    p.add_argument("--flow-calls", type=int, default=100, help="calls of the converged flow")
+    p.add_argument("--train", default="", help="more options of train.py")
+    p.add_argument("--epochs", type=int, default=3, help="of the classifier")
+    p.add_argument("--runs", default="runs/images", help="folder of the networks")
+    args = p.parse_args(argv)
+    name = args.data
+    settings = {"n": args.n, "search": args.search, "flow_calls": args.flow_calls}
+    fixed = {f"{key} of {name}": value for key, value in settings.items()}
+    results = compare.Results(compare.file_of(args), fixed)
+    options = "--data digits"
+    measure, held_out = (of_digits if name == "digits" else of_classifier)(args)
+    if name != "digits":
+        options = f"--data {args.runs}/{name}.npz {PRESET}"
+    for seed in range(5):
+        results.of(compare.key_of(name, "data", "", 0), seed, partial(held_out, seed))
+    paths = []
+    for seed in range(args.seeds):
+        more = ["--seed", str(seed), *args.train.split()]
+        folder = Path(args.runs, f"{name}-{seed}")
+        paths.append(compare.trained(folder, *options.split(), *more))
+    comparison = compare.Comparison(
+        results, measure, goals, args.n, args.search, 500, args.flow_calls
+    )
+    comparison.run(name, paths, compare.chosen(args.group, args.only), args.nfe)
 
 
 def main(argv=None):

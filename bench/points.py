@@ -1,93 +1,122 @@
-"""Sharpness, coverage, sliced W2 and distance to the converged flow on the 2-D sets, ours against the peers, as tables.
+"""Sharpness, coverage, sliced W2 and distance to the flow on the 2-D sets, ours beside the peers.
 
-    python bench/points.py --nets denoiser --seeds 1 --n 2500 --nfe 5 10   a part; another call goes on where it stopped
-    python bench/points.py --data spiral --nets denoiser --only SA- splitting strang lie em --nfe 10 20 50
+    python bench/points.py                         few calls: a set takes 10 minutes of one core,
+                                                   and 5 for the training of its two networks
+    python bench/points.py --group stochastic --data spiral --nfe 10 20 50      10 minutes
+    python bench/points.py --group paper --data spiral --nfe 5 10 20 50         25, mostly training
 
-Every network is the same 20 x 128 MLP with the same 6,000 updates of 512 fresh points (train.py's preset), --seeds
-times. `denoiser` is one network, sampled by AGM, HOLD of every order and the field's samplers (`EDM, ...`). `agm`,
-`hold1` ... `hold4` learn what their papers say, `fm` is flow matching.
+It prints a table for each set and quantity, calls in columns, means and spreads over --seeds
+networks, and keeps them in bench/results/points.json. Networks are in --runs, NAME-SEED; missing
+ones are trained (train.py's preset: a 20 x 128 MLP, 6,000 updates of 512 points).
 
 sharpness  mean distance from a sample to the nearest of 10,000 data points: blur and strays
 coverage   mean distance from a data point to the nearest sample: what is missing
-W2         sliced 2-Wasserstein distance, 100 directions; hardly sees blur, its floor is high
-distance   root mean square distance per dimension from a sample to where the network's own flow, followed with 400
-           calls, takes the same noise: the sampler's error alone (no row for samplers that add noise)
-floor      the same of fresh data in place of samples, mean and standard deviation over ten draws
-
-Ours run on their default grid and each peer on its field's default, but for `best grid`, which gets the best of the
-grids in peers.py at every NFE up to 20 (above: the one that won at 20), best in sharpness + coverage of --search
-samples with seed 0. Networks and numbers are kept in --out.
+w2         sliced 2-Wasserstein distance, 100 directions
+distance   root mean square distance per dimension from a sample to where the network's own flow,
+           followed with --flow-calls calls, takes the same noise: the sampler's error alone
+"fresh data" are the same of data in place of samples, over ten draws. A peer's best grids are those
+of peers.GRIDS with the least sharpness + coverage, and the least distance, of --search samples.
 """
 
-import argparse
 import math
-import sys
 from functools import lru_cache, partial
 from pathlib import Path
 
+import compare
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import peers
-
+import agm_ref
 import data
+import hold_ref
 import train
 
 ANGLES = torch.arange(100) * math.pi / 100
 LINES = torch.stack([ANGLES.cos(), ANGLES.sin()])
+PAPER = {  # name -> sampler, and what trains the paper's network
+    "AGM, exponential": (agm_ref.exponential, "--method agm --target ode"),
+    "HOLD 1, strang": (hold_ref.strang, "--method hold --order 1 --target noise"),
+    "HOLD 3, strang": (hold_ref.strang, "--method hold --order 3 --target noise"),
+}
 
 
 def measure(x, points):
-    """Sharpness, coverage and sliced W2 of samples x (N, 2) against points (M, 2), M at least N."""
+    """The numbers of samples x (N, 2) against points (M, 2), M at least N."""
     near = torch.cat([torch.cdist(part, points).min(1).values for part in x.split(1000)])
     far = torch.cat([torch.cdist(part, x).min(1).values for part in points.split(1000)])
-    w2 = ((x @ LINES).sort(0).values - quantiles(points, len(x))).square().mean().sqrt()
-    return [near.mean().item(), far.mean().item(), w2.item()]
+    apart = (x @ LINES).sort(0).values - quantiles(points, len(x))
+    return {
+        "sharpness": float(near.mean()),
+        "coverage": float(far.mean()),
+        "w2": float(apart.square().mean().sqrt()),
+    }
 
 
 @lru_cache(10)
 def quantiles(points, n):
     """(n, 100): of the points along every line, as many as there are samples."""
-    return (points[: len(points) // n * n] @ LINES).sort(0).values.reshape(n, -1, 100).mean(1)
+    along = (points[: len(points) // n * n] @ LINES).sort(0).values
+    return along.reshape(n, -1, len(ANGLES)).mean(1)
+
+
+def goals(numbers):
+    """What a peer's best grid is best in."""
+    found = {"sharpness": numbers["sharpness"] + numbers["coverage"]}
+    if "distance" in numbers:
+        found["distance"] = numbers["distance"]
+    return found
+
+
+def networks(args, name, more=""):
+    """The runs of all seeds."""
+    paths = []
+    for seed in range(args.seeds):
+        folder = Path(args.runs, "-".join([name, *more.replace("--", "").split(), str(seed)]))
+        options = ["--data", name, "--seed", str(seed), *more.split(), *args.train.split()]
+        paths.append(compare.trained(folder, *options))
+    return paths
 
 
 def score(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = compare.parser(__doc__, "points")
     p.add_argument("--data", nargs="+", default=list(data.POINTS), choices=data.POINTS, help="sets")
-    p.add_argument("--nets", nargs="+", default=peers.NETS, choices=peers.NETS, help="networks to train or load")
-    p.add_argument("--only", nargs="+", default=[""], help="contenders whose name contains one of these")
-    p.add_argument("--seeds", type=int, default=3, help="training seeds")
-    p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20], help="network calls")
-    p.add_argument("--n", type=int, default=5000, help="samples")
-    p.add_argument("--search", type=int, default=2500, help="samples for the choice of a grid")
-    p.add_argument("--flow-nfe", type=int, default=400, help="network calls of the converged flow")
-    p.add_argument("--steps", type=int, default=6000, help="updates a network")
-    p.add_argument("--out", default="runs/points", help="folder of networks and numbers")
+    p.add_argument("--group", default="few", choices=[*compare.GROUPS, "paper"], help="contenders")
+    p.add_argument("--only", nargs="+", default=[""], help="contenders that contain one of these")
+    p.add_argument("--seeds", type=int, default=2, help="networks of each set")
+    p.add_argument("--nfe", type=int, nargs="+", default=[4, 5, 7, 10, 20], help="calls")
+    p.add_argument("--n", type=int, default=2000, help="samples")
+    p.add_argument("--search", type=int, default=300, help="samples for the choice of a grid")
+    p.add_argument("--flow-calls", type=int, default=100, help="calls of the converged flow")
+    p.add_argument("--train", default="", help="more options of train.py")
+    p.add_argument("--runs", default="runs/points", help="folder of the networks")
     args = p.parse_args(argv)
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    sampling = partial(peers.evaluate, score=lambda row: row[0] + row[1], n_search=args.search, flow_nfe=args.flow_nfe)
+    fixed = {"n": args.n, "search": args.search, "flow_calls": args.flow_calls}
+    results = compare.Results(compare.file_of(args), fixed)
     for name in args.data:
-        results = peers.Results(folder / f"{name}.json")
         points = data.POINTS[name](10_000, torch.Generator().manual_seed(99))
-        fresh = [data.POINTS[name](args.n, torch.Generator().manual_seed(seed)) for seed in range(10)]
-        floor = torch.tensor([measure(x, points) for x in fresh])
-        against, rows = partial(measure, points=points), {}
-        for net in args.nets:
-            wanted, paths = peers.contenders(net, args.only), []
-            for seed in range(args.seeds if wanted else 0):
-                options = ["--data", name, "--seed", str(seed)]
-                paths.append(peers.checkpoint(folder / f"{name}-{net}-{seed}", net, args.steps, options))
-            for contender in wanted:
-                rows[contender.title] = sampling(contender, paths, args.nfe, args.n, against, results)
-        for i, quantity in enumerate(("sharpness", "coverage", "sliced W2", "distance to the converged flow")):
-            known = f"; floor {floor[:, i].mean():.4f} ± {floor[:, i].std():.4f}" if i < 3 else ""
-            print(f"\n{name}, {quantity}: mean of {args.seeds} seeds{known}\n")
-            peers.table(rows, args.nfe, i)
-        peers.grids_used(rows)
+        for seed in range(10):
+            fresh = data.POINTS[name](args.n, torch.Generator().manual_seed(seed))
+            key = compare.key_of(name, "fresh data", "", 0)
+            results.of(key, seed, partial(measure, fresh, points))
 
-
-TOY = "--nets denoiser --data gmm --seeds 1 --steps 2 --n 20 --search 20 --nfe 2 --only exponential SA- --flow-nfe 4"
+        comparison = compare.Comparison(
+            results,
+            partial(measure, points=points),
+            goals,
+            args.n,
+            args.search,
+            args.n,
+            args.flow_calls,
+        )
+        if args.group == "paper":
+            for title, (sampler, options) in PAPER.items():
+                process = title.split(",")[0]
+                by_denoiser = compare.Contender(title, "denoiser", process, sampler)
+                comparison.run(name, networks(args, name), [by_denoiser], args.nfe)
+                by_own = compare.Contender(title, "paper's loss", "own", sampler)
+                comparison.run(name, networks(args, name, options), [by_own], args.nfe)
+            continue
+        contenders = compare.chosen(args.group, args.only)
+        comparison.run(name, networks(args, name), contenders, args.nfe)
 
 
 def main(argv=None):

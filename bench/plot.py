@@ -1,0 +1,154 @@
+"""Draws every figure of bench/README.md from bench/results alone, in seconds.
+
+    python bench/plot.py                  (matplotlib: pip install matplotlib)
+
+Prints the path of each picture. Ours are bold, a peer's best grid is solid, its default dotted.
+"""
+
+import io
+import math
+from pathlib import Path
+
+import compare
+import numpy as np
+
+import train
+from formats.files import UserError, write_files
+
+BOLD = {"AGM": "#D55E00", "HOLD 1": "#0072B2", "HOLD 3": "#009E73"}
+OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B", "#9467BD", "#17BECF", "#BCBD22")
+STYLES = {"default": ":", "even": "--", "paper's loss": ":"}  # of a kind; else a solid line
+
+
+def figure(width, height):
+    """A figure of matplotlib, in inches. UserError where that is missing."""
+    try:
+        from matplotlib import rcParams
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("figures are drawn with matplotlib: pip install matplotlib") from None
+    rcParams["font.size"] = 8
+    rcParams["legend.fontsize"] = 7
+    return Figure((width, height), dpi=100, layout="constrained")
+
+
+def write(fig, path):
+    """A figure as a small PNG of 128 colours."""
+    from PIL import Image  # comes with matplotlib
+
+    drawn = io.BytesIO()
+    fig.savefig(drawn)
+    small = Image.open(drawn).convert("RGB").quantize(128)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_files({path: lambda file: small.save(file, "png", optimize=True)})
+
+
+def rows_of(name):
+    """The rows of a results file as (parts of the key, row)."""
+    rows = compare.Results(compare.RESULTS / f"{name}.json").rows
+    return [(key.split(" | "), row) for key, row in rows.items()]
+
+
+def curves(name, title, quantity):
+    """{(who, kind): [(x, mean, spread) ...]} of a set; of best grids, those for that quantity."""
+    found = {}
+    for (of, who, kind, x), row in rows_of(name):
+        is_other = kind.startswith("best") and kind != f"best {quantity}"
+        if of == title and not is_other and quantity in row["mean"]:
+            spread = row.get("spread", {}).get(quantity, 0.0)
+            found.setdefault((who, kind), []).append((x, row["mean"][quantity], spread))
+    return found
+
+
+def panel(ax, name, title, quantity, xlabel="network calls", log=True, by_name=False):
+    """A line for each contender and kind of grid, bars for the spread, and the data's own value.
+    by_name: x are names, and there are no lines."""
+    others = []
+    if log:
+        ax.set(xscale="log", yscale="log")
+    for (who, kind), points in curves(name, title, quantity).items():
+        if kind == "":
+            ax.axhline(points[0][1], color="0.8", lw=3, zorder=0, label=who)
+            continue
+        if who not in BOLD and who not in others:
+            others.append(who)
+        x, mean, spread = zip(*points, strict=True)
+        if by_name:
+            x = [name.replace(" ", "\n", 1) for name in x]
+        else:
+            order = np.argsort(np.float64(x))
+            x, mean, spread = np.float64([x, mean, spread])[:, order]
+            ax.set_xticks(x, [f"{value:g}" for value in x])
+            ax.set_xticks([], minor=True)
+        is_ours = who in BOLD and kind not in STYLES
+        look = {
+            "color": BOLD.get(who) or OTHERS[others.index(who) % len(OTHERS)],
+            "ls": "" if by_name else STYLES.get(kind, "-"),
+            "lw": 2.4 if is_ours else 1.1,
+            "marker": "o" if is_ours else ".",
+        }
+        ax.errorbar(
+            x, mean, spread, elinewidth=0.8, ms=4, label=f"{who}, {kind.split()[0]}", **look
+        )
+    ax.set(title=f"{title}: {quantity}", xlabel=xlabel)
+
+
+def page(panels, columns, **more):
+    """A figure of panels (results, set, quantity) with one legend, or None without results."""
+    panels = [each for each in panels if curves(*each)]
+    if not panels:
+        return None
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    fig = figure(11, 1 + 2.4 * rows)
+    labels = {}
+    for ax, each in zip(fig.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
+        panel(ax, *each, **more)
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    fig.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=5)
+    return fig
+
+
+def pages():
+    """{name of the picture: figure}."""
+    sets = ("spiral", "moons", "checkerboard", "gmm")
+    points = [("points", of, "distance") for of in sets]
+    points += [("points", of, "sharpness") for of in sets]
+    digits = [("images", "digits", quantity) for quantity in ("distance", "frechet")]
+    images = []
+    rest = []
+    for of in ("fashion", "cifar10"):
+        images += [("images", of, "distance"), ("images", of, "frechet")]
+    for of in ("digits", "emoji"):
+        rest += [("conditions", f"{of}, {known}", "rms") for known in ("left half", "2x2 means")]
+    noisy = [("stochastic", "spiral", "sharpness"), ("stochastic", "digits", "frechet")]
+    guided = [("guidance", "digits", quantity) for quantity in ("right", "frechet")]
+    return {
+        "points": page(points, 4),
+        "few-digits": page(digits, 2),
+        "few-images": page(images, 4),
+        "stochastic": page(noisy, 2),
+        "completing": page(rest, 4, xlabel="rule", log=False, by_name=True),
+        "likelihood": page([("likelihood", "gmm", "nats")], 2, xlabel="steps of Runge-Kutta"),
+        "guidance": page(guided, 2, xlabel="guidance", log=False),
+        "paper": page([("paper", "spiral", "sharpness"), ("paper", "spiral", "w2")], 2),
+    }
+
+
+def draw(argv):
+    args = compare.parser(__doc__)
+    args.add_argument("--out", type=Path, default=compare.ROOT / "assets", help="folder")
+    out = args.parse_args(argv).out
+    for name, fig in pages().items():
+        if fig:
+            write(fig, out / f"bench-{name}.png")
+            print(out / f"bench-{name}.png")
+
+
+def main(argv=None):
+    train.run(lambda: draw(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -367,7 +367,7 @@ def shape_of(name, size=0):
 
 
 def path_of(name, size):
-    """The array file, or the folder or zip of pictures, of that name; UserError if none is."""
+    """The array file, or the folder or zip of pictures, of that name. UserError if neither."""
     path = Path(name).expanduser()
     wanted = f"give {', '.join(NAMES)}, an .npy/.npz file, a folder or zip of pictures"
     if not os.path.exists(path):  # which is False for a name that is too long, too
@@ -567,9 +567,9 @@ def warn_of_axes(path, shape):
     height, width, *channels = shape[1:]
     taken = f"{shape} taken for images of height {height} and width {width}"
     if not channels and height != width:
-        warn(path, f"{taken}: give (N, L, 1, C) if it is series of length L with C channels")
+        warn(path, f"{taken}: give (N, L, 1, C) if they are series of length L with C channels")
     if channels and channels[0] >= min(height, width) and width > 1:
-        fix = "transpose it if it is (N, C, H, W); the slices of a volume (N, D, H, W) are channels"
+        fix = "transpose it if it is (N, C, H, W); of a volume (N, D, H, W) slices become channels"
         warn(path, f"{taken} with {channels[0]} channels: {fix}")
 
 

@@ -476,8 +476,8 @@ FEW = "half of the rows lie within .* a few set the scale"
         (normal(60, 5, 24, 36), r"height 5 and width 24 with 36 channels.*\(N, C, H, W\)"),
         (normal(60, 1, 20, 32), r"transpose it if it is \(N, C, H, W\)"),
         (normal(60, 4, 16, 12), r"transpose it if it is \(N, C, H, W\)"),
-        (normal(20, 16, 16, 16), r"the slices of a volume \(N, D, H, W\) are channels"),
-        (normal(60, 128, 2), r"give \(N, L, 1, C\) if it is series of length L with C channels"),
+        (normal(20, 16, 16, 16), r"of a volume \(N, D, H, W\) slices become channels"),
+        (normal(60, 128, 2), r"give \(N, L, 1, C\) if they are series of length L with C channels"),
     ],
 )
 def test_odd_floats_are_warned_of(array, match):

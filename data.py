@@ -453,17 +453,9 @@ def as_samples(path, array):
 
 
 def samples(path, array, labels=None, names=(), held_out=None, no_labels="", files=()):
-    """The arrays of a file as a Dataset. held_out: rows; by default a fifth of all, drawn at random
-    but always the same. files: the name of each row's file."""
+    """The arrays of a file as a Dataset. held_out: rows. files: the name of each row's file."""
     array, kind = as_samples(path, array)
-    n = len(array)
-    if held_out is None:
-        held_out = np.random.default_rng(0).permutation(n)[: n // 5]
-    is_held_out = np.zeros(n, bool)
-    is_held_out[held_out] = True
-    train_rows = np.flatnonzero(~is_held_out)
-    test_rows = np.flatnonzero(is_held_out)
-
+    train_rows, test_rows = split(len(array), held_out)
     if kind == "image":
         low = int(array.min())
         high = int(array.max())
@@ -488,12 +480,22 @@ def samples(path, array, labels=None, names=(), held_out=None, no_labels="", fil
         path.resolve().stem, kind, train, test, names=[], no_labels=no_labels, **units
     )
     if labels is not None:
-        labels, dataset.names = check_labels(path, labels, names, n)
+        labels, dataset.names = check_labels(path, labels, names, len(array))
         dataset.train_labels = torch.from_numpy(labels[train_rows])
         dataset.test_labels = torch.from_numpy(labels[test_rows])
     if len(files):
         dataset.files = [files[row] for row in test_rows]
     return dataset
+
+
+def split(n, held_out=None):
+    """The rows to train on, and those that are held out: by default a fifth, drawn at random but
+    always the same."""
+    rows = np.arange(n)
+    if held_out is None:
+        held_out = np.random.default_rng(0).permutation(n)[: n // 5]
+    test = np.sort(rows[held_out])
+    return np.setdiff1d(rows, test), test
 
 
 def in_memory(rows):

@@ -95,12 +95,13 @@ def load(path=None, method=None, order=None, raw=False, device="auto"):
     device = train.pick_device(device)
     ckpt = train.load_checkpoint(path)
     trained = ckpt["config"]
-    config = replace(trained, method=method or trained.method, order=order or trained.order)
-    if trained.target != "data" and config != trained:
+    own = method in (None, trained.method) and order in (None, trained.order)
+    if trained.target != "data" and not own:
         raise UserError(
             f"a net of target {trained.target} serves its own process only: "
             "leave out --method and --order"
         )
+    config = replace(trained, method=method or trained.method, order=order or trained.order)
     method, process, net = train.build(config, ckpt["data"])
     if order and not hasattr(process, "order"):
         raise UserError(f"{config.method} has no --order: leave it out, or add --method hold")
@@ -359,9 +360,7 @@ def draw_and_save(model, args, n, classes, pictures, note="", pngs=(), **how):
         note += f" ({args.nfe} calls of the sampler, 2 network calls each)"
     sampler = args.sampler or next(iter(model.method.SAMPLERS))
     print(f"{len(array)} samples of {model.path} (target {model.config.target}) by {model.process}")
-    print(
-        f"sampler {sampler} NFE {calls * args.nfe}{note} seconds/sample {seconds:.5f} on {model.device}"
-    )
+    print(f"sampler {sampler} NFE {calls * args.nfe}{note} seconds/sample {seconds:.5f}")
     print(f"wrote samples.npz, {', '.join(drawn)} in {out}")
     if stopping.number and len(array) < n:
         rest = f"--first {args.first + len(array)} --n {n - len(array)}"

@@ -65,11 +65,9 @@ def about(options):
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
+    cpuinfo = Path("/proc/cpuinfo")  # Linux knows the name, Python does not
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.split(":")[1].strip()
+        processor = cpuinfo.read_text().partition("model name\t: ")[2].partition("\n")[0]
     return {
         "commit": commit or "unknown",
         "date": datetime.date.today().isoformat(),
@@ -113,9 +111,9 @@ class Results:
         return row["seeds"][str(seed)]
 
     def all(self, key, seeds, compute):
-        """The row of that key, with the numbers of each of so many seeds."""
+        """The row of that key, with the numbers compute(seed) of each of so many seeds."""
         for seed in range(seeds):
-            self.of(key, seed, compute)
+            self.of(key, seed, partial(compute, seed))
         return self.rows[key]
 
     def save(self):

@@ -8,8 +8,8 @@ each quantity and keeps them in bench/results/conditions.json; the spread is ove
 noise. --strip writes a PNG: six pictures, what is known, and AGM's completions by each rule.
 
 rms      root mean square from the original, of what is not known
-nearest  distance to the nearest training picture; the original's own is in the row "original"
-right    share whose nearest training picture has the original's class
+right    share whose nearest training picture has the original's class; the originals' own share is
+         in the row "original"
 
 DPS (Chung et al., ICLR 2023), the rule that everybody knows, as a prediction: x_hat = D - zeta/2
 d|known - D|^2/dy over what is known. Its own step, zeta/|known - D| added to each of 1,000 small
@@ -87,11 +87,8 @@ def completions(model, originals, known, rule, nfe, grid, seed):
 def scores(x, originals, classes, dataset, unknown):
     """The numbers of completions x (N, C, H, W) in network units."""
     everything = (dataset.train[:].float() / 127.5 - 1).flatten(1)
-    distance, index = torch.cdist(x.flatten(1), everything).min(1)
-    numbers = {
-        "rms": float((x - originals).square().mean() / unknown) ** 0.5,
-        "nearest": float(distance.mean()),
-    }
+    index = torch.cdist(x.flatten(1), everything).argmin(1)
+    numbers = {"rms": float((x - originals).square().mean() / unknown) ** 0.5}
     if classes is not None:
         numbers["right"] = float((dataset.train_labels[index] == classes).double().mean())
     return numbers
@@ -142,10 +139,9 @@ def measure(argv):
             x = units(completions(model, originals, *how, seed))
             return scores(x, originals, classes, dataset, UNKNOWN[how[0]])
 
-        for seed in range(args.seeds):
-            results.of(key, seed, partial(numbers, seed))
-        printed.setdefault(f"{known}, {title}, {grid}", {})[rule] = results.rows[key]
-    for quantity in ("rms", "nearest", "right"):
+        row = results.all(key, args.seeds, numbers)
+        printed.setdefault(f"{known}, {title}, {grid}", {})[rule] = row
+    for quantity in ("rms", "right"):
         compare.table(printed, quantity, args.rules)
     if args.strip:
         strip(models["AGM"], originals[:6], args.rules, args.strip)

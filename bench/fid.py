@@ -78,16 +78,20 @@ def root(cov):
 # Features
 
 
-def classifier(path, images, labels, test, test_labels, epochs=3):
-    """Features (B, 64) of images (B, C, H, W) in [-1, 1]: a small convolutional net, trained once
-    on uint8 images and kept in the file; prints its accuracy on the held-out images."""
+def classifier(folder, dataset, epochs=None):
+    """Features (B, 64) of images (B, C, H, W) in [-1, 1]: of a small convolutional net, trained on
+    the labels of a data set and kept in the folder, under a name that depends on the data. Prints
+    its accuracy on the held-out images."""
+    images = dataset.train[:].expand(-1, 3, -1, -1)
+    labels = dataset.train_labels
+    epochs = epochs or max(3, 180_000 // len(images))
+    content = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
+    path = Path(folder, f"classifier-{content:08x}-{epochs}.pt")
     torch.manual_seed(0)
     layers = []
-    channels = images.shape[1]
-    for width in (16, 32, 64):
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width)]
+    for c_in, c_out in ((3, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out)]
         layers += [nn.ReLU(), nn.MaxPool2d(2)]
-        channels = width
     body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     net = nn.Sequential(body, nn.Linear(64, int(labels.max()) + 1))
     if path.exists():
@@ -99,12 +103,17 @@ def classifier(path, images, labels, test, test_labels, epochs=3):
                 optimizer.zero_grad()
                 cross_entropy(net(images[index] / 127.5 - 1), labels[index]).backward()
                 optimizer.step()
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_files({path: partial(torch.save, net.state_dict())})
     net.eval().requires_grad_(False)
-    answers = torch.cat([net(x / 127.5 - 1).argmax(1) for x in test.split(1000)])
-    right = (answers == test_labels).float().mean()
-    print(f"classifier: {right:.3f} of {len(test)} held-out images right", flush=True)
-    return lambda x: torch.cat([body(part) for part in x.split(1000)])
+
+    def features(x):
+        return torch.cat([body(part) for part in x.expand(-1, 3, -1, -1).split(1000)])
+
+    answers = net[1](features(dataset.test[:] / 127.5 - 1)).argmax(1)
+    right = (answers == dataset.test_labels).float().mean()
+    print(f"classifier: {right:.3f} of {len(answers)} held-out images right", flush=True)
+    return features
 
 
 def inception(path, device):
@@ -183,13 +192,11 @@ def score(argv):
     p.add_argument("--batch", type=int, default=100, help="images at a time")
     p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: the first that is there")
     p.add_argument("--out", type=Path, default=Path("runs/fid"), help="keeps the classifier")
-    p.add_argument(
-        "--epochs", type=int, help="of the classifier; default: 180,000 images, 3 at least"
-    )
+    p.add_argument("--epochs", type=int, help="of the classifier; default: 180,000 images")
     args = p.parse_args(argv)
     samples = images_of(args.samples)
-    if len(samples) < 2 or args.batch < 1:
-        raise UserError(f"{args.samples} has {len(samples)} images: 2 is the least, --batch 1")
+    if len(samples) < 2:
+        raise UserError(f"{args.samples} has {len(samples)} images: 2 is the least")
     shape = next(batches(samples, 1)).shape[2:]
 
     # the reference: its moments, or its images
@@ -214,7 +221,7 @@ def score(argv):
     elif dataset is None or dataset.train_labels is None:
         raise UserError(f"--ref {args.ref} has no labels for a classifier: give --features FILE")
     else:
-        net = classifier_of(dataset, args)
+        net = classifier(args.out, dataset, args.epochs)
 
         def features(x):
             return net(x / 127.5 - 1)
@@ -233,19 +240,6 @@ def score(argv):
             "published FIDs are of 50,000",
             stacklevel=2,
         )
-
-
-def classifier_of(dataset, args):
-    """The classifier of a data set, kept under a name that depends on its content."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    images = dataset.train[:]
-    test = dataset.test[:]
-    epochs = args.epochs or max(3, 180_000 // len(images))
-    content = zlib.crc32(dataset.train_labels.numpy(), zlib.crc32(images.numpy()))
-    file = args.out / f"classifier-{content:08x}-{epochs}.pt"
-    labels = dataset.train_labels, dataset.test_labels
-    images = images.expand(-1, 3, -1, -1)
-    return classifier(file, images, labels[0], test.expand(-1, 3, -1, -1), labels[1], epochs)
 
 
 def main(argv=None):

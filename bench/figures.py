@@ -5,7 +5,7 @@
 
 phase    AGM's position and velocity at eight times, and paths of AGM and HOLD, of numbers in three
          clusters; no network: the denoiser of a mixture is exact
-snr      signal to noise against time, AGM and HOLD of order 1 to 6, and the calls of the samplers
+snr      signal to noise against time, AGM and HOLD of order 1 to 6, and ten calls of `ode`
 denoise  at eight noise levels: what a denoiser of images, --ckpt, sees, and what it predicts
 
 Each writes a PNG and prints a line with its number; some seconds to a minute.
@@ -143,35 +143,26 @@ def paths(axes, ts, states, cluster, titles):
 
 
 def snr(args):
-    fig = plot.figure(11, 5)
-    left, right = fig.subplots(1, 2, sharey=True, width_ratios=[1, 1.2])
-    names = []
+    fig = plot.figure(8.6, 4.6)
+    ax = fig.subplots()
     nth = []
     for order in range(7):
-        name = f"HOLD {order}" if order else "AGM"
         process = hold_ref.HOLD(order=order) if order else agm_ref.AGM()
-        module = hold_ref if order else agm_ref
+        span = process.data_time - process.first
 
         # crowded at both ends
-        u = torch.sigmoid(torch.linspace(-12, 12, 1000, **F64))
-        t = process.first + u * (process.data_time - process.first)
-        t = t.clamp(*sorted([process.first, process.last]))
-        span = process.data_time - process.first
-        left.plot((t - process.first) / span, process.snr(t).log10(), color=f"C{order}", label=name)
-        for sampler, run in module.SAMPLERS.items():
-            options = {"data_mean": 0.0} if sampler == "ode" else {}
-            m = process.prior((1, 64))
-            t = follow(run, process, lambda m, t: 0 * m[:, :64], m, 10, **options)[0]
-            right.plot([len(names)] * 10, process.snr(t).log10(), "o", color=f"C{order}", ms=3)
-            names.append(f"{name} {sampler}")
-            if sampler == "ode":
-                nth.append(process.snr(t).log10())
-                left.plot((t - process.first) / span, nth[-1], "o", color=f"C{order}", ms=4)
-    left.set(ylabel="log10 SNR", ylim=(-9.2, 6.5), title="circles: the 10 calls of ode")
-    left.set_xlabel("share of the time from the prior to the data")
-    left.legend()
-    right.set(title="the 10 calls of every sampler, 64 dimensions")
-    right.set_xticks(range(len(names)), names, rotation=90)
+        share = torch.sigmoid(torch.linspace(-12, 12, 1000, **F64))
+        t = (process.first + share * span).clamp(*sorted([process.first, process.last]))
+        name = f"HOLD {order}" if order else "AGM"
+        ax.plot((t - process.first) / span, process.snr(t).log10(), color=f"C{order}", label=name)
+        m = process.prior((1, 64))
+        options = {"nfe": 10, "data_mean": 0.0}
+        t, *_ = follow(agm_ref.ode, process, lambda m, t: 0 * m[:, :64], m, **options)
+        nth.append(process.snr(t).log10())
+        ax.plot((t - process.first) / span, nth[-1], "o", color=f"C{order}", ms=4)
+    ax.set(ylabel="log10 SNR", ylim=(-9.2, 6.5), title="circles: the 10 calls of ode")
+    ax.set_xlabel("share of the time from the prior to the data")
+    ax.legend()
     low, high = torch.stack(nth).aminmax(dim=0)
     return fig, f"the n-th calls of ode are at most {float((high - low).max()):.2f} apart"
 

@@ -24,7 +24,7 @@ from unittest import mock
 import compare
 import numpy as np
 import torch
-from speed import ENDLESS, Watch, build, now, samplers, sampling, watched
+from speed import ENDLESS, Watch, build, now, samplers, watched
 
 import train
 from formats.files import UserError
@@ -38,8 +38,7 @@ MODES = {  # options of train.py; whether TF32 may be used; the memory format of
     "bf16, not channels_last": (["--amp", "bf16"], True, torch.contiguous_format),
     "bf16, compiled": (["--amp", "bf16", "--compile"], True, torch.channels_last),
 }
-COLUMNS = ("train.py, images/s", "bare step, images/s", "peak, GiB", "waits a step")
-CASES = {"64 digits": ("digits", 64), "256 points": ("spiral", 256)}
+COLUMNS = ("images/s", "peak, GiB", "waits a step")
 
 
 def precision(tf32):
@@ -138,7 +137,7 @@ def training(name, device, mode, options, most, limit):
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    config, _, _, net, shape = build("agm", name, "--device", device, *ENDLESS, *options, *more)
+    config, *_ = build("agm", name, "--device", device, *ENDLESS, *options, *more)
     with tempfile.TemporaryDirectory() as folder:
         config = train.replace(config, out=f"{folder}/run")
         layout = mock.patch.object(torch, "channels_last", memory_format)
@@ -149,29 +148,7 @@ def training(name, device, mode, options, most, limit):
     speed = config.batch * timed / (now() - began)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
     waits = sum("synchronizing" in str(warning.message) for warning in heard)
-    net = net.to(device)
-    if len(shape) == 3:
-        net = net.to(memory_format=memory_format)
-    x = torch.randn(config.batch, *shape, device=device)
-    return [speed, config.batch / bare_step(net, x, mode, timed), peak, waits]
-
-
-def bare_step(net, x, mode, steps, warm=3):
-    """Seconds of forward, backward and AdamW."""
-    options, tf32, _ = MODES[mode]
-    precision(tf32)
-    call = torch.compile(net) if "--compile" in options else net
-    adam = torch.optim.AdamW(net.parameters(), fused=True)
-    t = torch.full((len(x),), 0.5, device=x.device)
-    for i in range(warm + steps):
-        if i == warm:
-            began = now()
-        adam.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled="--amp" in options):
-            loss = call(x, t).float().square().mean()
-        loss.backward()
-        adam.step()
-    return (now() - began) / steps
+    return [speed, peak, waits]
 
 
 def measure(argv):
@@ -185,10 +162,10 @@ def measure(argv):
     print(f"{card}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
     small = "--width 8 --blocks 1 --batch 16".split() if toy else []
     preset = small or ["--batch", str(args.batch)]
-    nfe, most, limit, repeats = (2, 2, 1.0, 1) if toy else (20, 100, 12.0, 5)
+    nfe, most, limit = (1, 2, 1.0) if toy else (10, 100, 12.0)
     modes = ["fp32"] if toy else MODES
 
-    found = agreement(device, small, nfe // 2)
+    found = agreement(device, small, nfe)
     show("largest difference to the CPU's samples, float32", [""], found)
     exact = resumed(device, small, True)
     usual = resumed(device, small, False)
@@ -200,15 +177,6 @@ def measure(argv):
         np.save(name, torch.randint(256, (512, 32, 32, 3), dtype=torch.uint8).numpy())
         rows = {mode: training(name, device, mode, preset, most, limit) for mode in modes}
         show("CIFAR-10 preset", COLUMNS, rows)
-        rows = {of: training(of, device, "fp32", small, most, limit) for of in ("spiral", "digits")}
-        show("other presets, fp32", COLUMNS, rows)
-
-    rows = {}
-    for model in MODELS[: 1 if toy else None]:
-        for sampler, run in samplers(model).items():
-            ratios = [sampling(model, run, *case, nfe, repeats, device) for case in CASES.values()]
-            rows[f"{model} {sampler}"] = [ratio["ratio"] for ratio in ratios]
-    show("sampling over network calls", CASES, rows)
 
     wrong = [name for name, (difference,) in found.items() if not difference < TOLERANCE]
     if wrong or exact:

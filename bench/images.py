@@ -3,11 +3,12 @@
     python bench/images.py                                    digits: 25 minutes of one core, and
                                                               5 for the training of two networks
     python bench/images.py --group stochastic --nfe 10 20 50  digits: 20 minutes
+    python bench/images.py --group guidance --nfe 10          digits: 3 minutes, and 3 of training
     python bench/images.py --data fashion --nfe 5 10 20 --search 200 --seeds 1      an hour, and
                                                               25 minutes of training; or cifar10
 
 It prints a table for each quantity, calls in columns, means and spreads over --seeds networks, and
-keeps them in bench/results/images.json. Networks are in --runs, NAME-SEED; missing ones are
+keeps them in bench/results, in images.json, or GROUP.json. Networks are in --runs, NAME-SEED; missing ones are
 trained: digits by train.py's preset, the others, brought to 16 x 16, by 4,500 updates of 64.
 
 frechet   distance of the samples to the data: digits on their 64 raw pixels, to all 1,797; else in
@@ -15,10 +16,13 @@ frechet   distance of the samples to the data: digits on their 64 raw pixels, to
 contrast  standard deviation of all pixels; the data's stands in the row "data"
 distance  root mean square distance per pixel of the first 500 samples to where the network's own
           flow, followed with --flow-calls calls, takes the same noise: the sampler's error alone
+right     with guidance in columns: share of the samples of AGM's `ode`, as many of each class,
+          whose nearest digit has the class that was asked for
 "data" is the same of data: a half of the digits against the other, held-out images.
 A peer's best grids are those of peers.GRIDS with the least of each, of --search samples.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +33,10 @@ from fid import classifier, frechet, moments
 from torch.nn.functional import avg_pool2d, pad
 
 import data
+import sample
 import train
 
+GUIDANCE = (0, 1, 1.25, 1.5, 2, 3)
 PRESET = "--steps 4500 --batch 64 --width 24 --mult 1 2 2 --blocks 1 --lr 2e-3"
 
 
@@ -71,32 +77,39 @@ def of_digits(args):
 def of_classifier(args):
     """The same in a classifier's features; writes the small images that the net is trained on."""
     dataset = data.load(args.data, args.data_dir)
-    images = small(dataset.train)
-    test = small(dataset.test)
-    folder = Path(args.runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels = images.permute(0, 2, 3, 1).numpy()
-    np.savez(folder / f"{args.data}.npz", images=pixels, labels=dataset.train_labels.numpy())
-    file = folder / f"{args.data}-classifier.pt"
-    labels = dataset.train_labels, dataset.test_labels
-    features = classifier(file, images, labels[0], test, labels[1], args.epochs)
-    known = moments(features(units(part)) for part in images.split(1000))
+    dataset = replace(dataset, train=small(dataset.train), test=small(dataset.test))
+    features = classifier(args.runs, dataset)
+    pixels = dataset.train.permute(0, 2, 3, 1).numpy()
+    np.savez(Path(args.runs, f"{args.data}.npz"), images=pixels, labels=dataset.train_labels)
+    known = moments(features(units(part)) for part in dataset.train.split(1000))
 
     def measure(x):
         return {"frechet": frechet(moments([features(x)]), known), "contrast": float(x.std())}
 
     def held_out(seed):
-        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
-        return measure(units(test[order[: args.n]]))
+        order = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(seed))
+        return measure(units(dataset.test[order[: args.n]]))
 
     return measure, held_out
+
+
+def by_class(path, guidance, args, measure, seed):
+    """The numbers of samples of all ten digits in turn."""
+    drawn = sample.draw(
+        sample.load(path), args.n, args.nfe[0], classes=range(10), guidance=guidance, seed=seed
+    )
+    x = units(torch.from_numpy(np.concatenate([array for array, _ in drawn]))).flatten(1)
+    digits = data.load("digits")
+    index = torch.cdist(x, units(digits.train).flatten(1)).argmin(1)
+    is_right = digits.train_labels[index] == torch.arange(args.n) % 10
+    return {"right": float(is_right.double().mean()), **measure(x)}
 
 
 def score(argv):
     p = compare.parser(__doc__, "images")
     p.add_argument("--data", default="digits", help="digits, fashion, cifar10; default: digits")
     p.add_argument("--data-dir", help="folder or archive of the data set")
-    p.add_argument("--group", default="few", choices=compare.GROUPS, help="contenders")
+    p.add_argument("--group", default="few", choices=[*compare.GROUPS, "guidance"])
     p.add_argument("--only", nargs="+", default=[""], help="contenders that contain one of these")
     p.add_argument("--seeds", type=int, default=2, help="networks")
     p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20], help="calls")
@@ -104,7 +117,6 @@ def score(argv):
     p.add_argument("--search", type=int, default=200, help="samples for the choice of a grid")
     p.add_argument("--flow-calls", type=int, default=100, help="calls of the converged flow")
     p.add_argument("--train", default="", help="more options of train.py")
-    p.add_argument("--epochs", type=int, default=3, help="of the classifier")
     p.add_argument("--runs", default="runs/images", help="folder of the networks")
     args = p.parse_args(argv)
     name = args.data
@@ -115,6 +127,16 @@ def score(argv):
     measure, held_out = (of_digits if name == "digits" else of_classifier)(args)
     if name != "digits":
         options = f"--data {args.runs}/{name}.npz {PRESET}"
+    if args.group == "guidance":
+        path = compare.trained(Path(args.runs, "classes"), "--classes", *args.train.split())
+        rows = {}
+        for guidance in GUIDANCE:
+            key = compare.key_of("digits", "AGM", "guidance", guidance)
+            compute = partial(by_class, path, guidance, args, measure)
+            rows[guidance] = results.all(key, args.seeds, compute)
+        for quantity in ("right", "frechet"):
+            compare.table({"guidance": rows}, quantity, GUIDANCE)
+        return
     for seed in range(5):
         results.of(compare.key_of(name, "data", "", 0), seed, partial(held_out, seed))
     paths = []

@@ -4,9 +4,10 @@
                                                    and 5 for the training of its two networks
     python bench/points.py --group stochastic --data spiral --nfe 10 20 50      10 minutes
     python bench/points.py --group paper --data spiral --nfe 5 10 20 50         25, mostly training
+    python bench/points.py --group likelihood --data gmm --nfe 4 8 16 32        10 minutes
 
 It prints a table for each set and quantity, calls in columns, means and spreads over --seeds
-networks, and keeps them in bench/results/points.json. Networks are in --runs, NAME-SEED; missing
+networks, and keeps them in bench/results, in points.json, or GROUP.json. Networks are in --runs, NAME-SEED; missing
 ones are trained (train.py's preset: a 20 x 128 MLP, 6,000 updates of 512 points).
 
 sharpness  mean distance from a sample to the nearest of 10,000 data points: blur and strays
@@ -14,24 +15,30 @@ coverage   mean distance from a data point to the nearest sample: what is missin
 w2         sliced 2-Wasserstein distance, 100 directions
 distance   root mean square distance per dimension from a sample to where the network's own flow,
            followed with --flow-calls calls, takes the same noise: the sampler's error alone
+nats       how far the bound of extras/likelihood.py, with --nfe steps, lies below the mixture's
+           own log p, per point
 "fresh data" are the same of data in place of samples, over ten draws. A peer's best grids are those
 of peers.GRIDS with the least sharpness + coverage, and the least distance, of --search samples.
 """
 
 import math
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 
 import compare
 import torch
+from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 import agm_ref
 import data
 import hold_ref
 import train
+from extras.likelihood import log_likelihood_bound
 
 ANGLES = torch.arange(100) * math.pi / 100
 LINES = torch.stack([ANGLES.cos(), ANGLES.sin()])
+GROUPS = [*compare.GROUPS, "paper", "likelihood"]
 PAPER = {  # name -> sampler, and what trains the paper's network
     "AGM, exponential": (agm_ref.exponential, "--method agm --target ode"),
     "HOLD 1, strang": (hold_ref.strang, "--method hold --order 1 --target noise"),
@@ -66,6 +73,24 @@ def goals(numbers):
     return found
 
 
+def true_log_p(x):
+    """log p (B,) of data.gmm: nine Gaussians of std .04 on a grid of spacing .5, turned by 45
+    degrees."""
+    turn = torch.tensor([[1.0, 1.0], [-1.0, 1.0]]) / math.sqrt(2)
+    means = torch.tensor([-0.5, 0.0, 0.5]).expand(2, 3)
+    line = MixtureSameFamily(Categorical(torch.ones(2, 3)), Normal(means, torch.tensor(0.04)))
+    return line.log_prob(x @ turn.T).sum(1)
+
+
+def below_truth(path, name, steps, n, seed):
+    """Nats per point between the data's log p and the bound."""
+    process, predict = compare.process_of(compare.load(path), name)
+    x = data.POINTS["gmm"](n, torch.Generator().manual_seed(7))
+    torch.manual_seed(seed)
+    bound = log_likelihood_bound(agm_ref, process, predict, x, steps)
+    return {"nats": float((true_log_p(x) - bound).mean())}
+
+
 def networks(args, name, more=""):
     """The runs of all seeds."""
     paths = []
@@ -79,7 +104,7 @@ def networks(args, name, more=""):
 def score(argv):
     p = compare.parser(__doc__, "points")
     p.add_argument("--data", nargs="+", default=list(data.POINTS), choices=data.POINTS, help="sets")
-    p.add_argument("--group", default="few", choices=[*compare.GROUPS, "paper"], help="contenders")
+    p.add_argument("--group", default="few", choices=GROUPS, help="of contenders")
     p.add_argument("--only", nargs="+", default=[""], help="contenders that contain one of these")
     p.add_argument("--seeds", type=int, default=2, help="networks of each set")
     p.add_argument("--nfe", type=int, nargs="+", default=[4, 5, 7, 10, 20], help="calls")
@@ -91,6 +116,15 @@ def score(argv):
     args = p.parse_args(argv)
     fixed = {"n": args.n, "search": args.search, "flow_calls": args.flow_calls}
     results = compare.Results(compare.file_of(args), fixed)
+    if args.group == "likelihood":
+        rows = {}
+        for process, steps in product(("AGM", "HOLD 1", "HOLD 3"), args.nfe):
+            key = compare.key_of("gmm", process, "bound", steps)
+            for seed, path in enumerate(networks(args, "gmm")):
+                gap = partial(below_truth, path, process, steps, args.n, seed)
+                results.of(key, seed, gap)
+            rows.setdefault(process, {})[steps] = results.rows[key]
+        return compare.table(rows, "nats", args.nfe)
     for name in args.data:
         points = data.POINTS[name](10_000, torch.Generator().manual_seed(99))
         for seed in range(10):

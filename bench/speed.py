@@ -77,7 +77,7 @@ def watched(at_batch):
     return stack
 
 
-def training(model, target, repeats, name):
+def training(model, target, repeats, name, round_):
     """The ratio of train.py's own step to the bare one, which is slipped in between its steps."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--target", target, *ENDLESS, "--out", f"{folder}/run", "--device", "cpu"]
@@ -109,13 +109,13 @@ def training(model, target, repeats, name):
 
 
 @torch.no_grad()
-def sampling(model, sampler, name, n, nfe, repeats, device="cpu"):
+def sampling(model, sampler, name, n, nfe, repeats, round_):
     """The ratio of drawing n samples with a denoiser to nfe calls of it."""
     _, page, process, net, shape = build(model, name)
-    net = net.to(device).eval()
-    start = process.prior((n, *shape)).to(device)
-    m = torch.randn(n, *shape, device=device)
-    t = torch.full((n,), 0.5, device=device)
+    net.eval()
+    start = process.prior((n, *shape))
+    m = torch.randn(n, *shape)
+    t = torch.full((n,), 0.5)
     predict = partial(page.denoise, process, net)
     ours = []
     bare = []

@@ -386,7 +386,6 @@ def test_every_entry_of_agms_law_has_nine_digits(t):
 
 OTHER_DAMPING = [
     HOLD(order=2, gamma=(1.0,), xi=0.5, first=100.0),
-    HOLD(gamma=(0.7, 1.3), xi=9.0, first=100.0),
     HOLD(gamma=(30.0, 80.0), xi=160.0),
 ]
 
@@ -557,7 +556,6 @@ def test_autocast_rounds_no_coefficient():
     m = normal(1, 5, 6, 4).float()
     with torch.autocast("cpu", torch.bfloat16):
         mixed = agm_ref.mix(A, m)
-    assert mixed.dtype == torch.float32
     assert difference(mixed, agm_ref.mix(A, m.double())) < 1e-5
 
 
@@ -777,6 +775,7 @@ def test_a_network_is_asked_with_its_label_and_a_time_for_each_sample(process):
 
     m = process.prior((2, 3, 4, 4))
     page_of(process).denoise(process, net, m, 0.7, label="a")
+    page_of(process).loss(process, net, m[:, :3], label="a")
 
 
 @every_sampler
@@ -948,7 +947,6 @@ REACH = [
     (HOLD(order=2, var=0.5), "lie", 100),
     (HOLD(), "em", 200),
     (HOLD(), "ode", 40),
-    (HOLD(order=4), "ode", 40),
 ]
 
 
@@ -1293,7 +1291,7 @@ def error_of_exponential(multistep, nfe, rho):
     return difference(x, end_of_agms_probability_flow(0.8))
 
 
-EXPONENTIAL_ORDERS = [(1, 1.0, 1), (2, 1.0, 2), (3, 1.0, 2), (1, 2.0, 1), (2, 2.0, 2), (3, 2.0, 3)]
+EXPONENTIAL_ORDERS = [(1, 1.0, 1), (2, 1.0, 2), (3, 1.0, 2), (2, 2.0, 2), (3, 2.0, 3)]
 
 
 @pytest.mark.parametrize(("multistep", "rho", "order"), EXPONENTIAL_ORDERS)
@@ -1319,6 +1317,7 @@ WRONG_PROCESSES = [
     (HOLD, {"order": 2.5}, "integer from 1 to 8, got 2.5"),
     (HOLD, {"gamma": (1.0, 2.0)}, "give both gamma and xi"),
     (HOLD, {"gamma": (1.0,), "xi": 2.0}, "tuple of 2 speeds"),
+    (HOLD, {"gamma": [1.0, 2.0], "xi": 2.0}, "tuple of 2 speeds"),
     (HOLD, {"gamma": (1.0, -2.0), "xi": 2.0}, "must be > 0"),
     (HOLD, {"first": 2.0}, r"SNR\(T\) < .01 .*, got .* at T = 2.0"),
     (HOLD, {"first": 1000.0}, r"0 < sigma_data\^2 SNR\(T\) .*, got 0 at T = 1000"),

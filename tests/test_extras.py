@@ -1,36 +1,31 @@
-"""extras/conditions.py and extras/likelihood.py: against the formulas of Gaussians, mixtures, and files made here."""
+"""extras/: against the formulas of Gaussians and mixtures, and what their commands say."""
 
 import math
-import sys
-from functools import partial
-from itertools import product
+import re
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_sample import checkpoint, drawn
 from torch.distributions import Normal
 from torch.nn.functional import avg_pool2d
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import agm_ref
+import sample
 from agm_ref import AGM
-from data import Dataset, UserError
-from extras import conditions
+from data import Dataset
+from extras import clock, complete, likelihood
 from extras.likelihood import held_out_nll, log_likelihood_bound
+from formats.files import UserError
 from hold_ref import HOLD
-from test_ref import F64, Mixture, module_of
+from test_ref import F64, GAUSSIAN, Mixture, page_of
 
 RNG = np.random.default_rng(0)
 PROCESSES = [AGM(), HOLD(order=1), HOLD(order=2), HOLD()]
-OPTIONS = "stroke inpaint held_out inject share mask shrink rule passes noise sampler nfe".split()
-FACTS = {"kind": "image", "shape": [3, 8, 8], "shift": 0.0, "scale": 1.0}
-
-
-def fails(words, function, *args, **kwargs):
-    with pytest.raises(UserError, match=rf"\A.*{words}.*\Z"):  # "." matches no line break
-        function(*args, **kwargs)
+WIDE = Mixture([0.5, 0.5], [[-1.0, 0.0], [1.0, 0.0]], 0.3)
 
 
 def zero(y, t, label=None):
@@ -38,63 +33,276 @@ def zero(y, t, label=None):
     return 0 * y
 
 
+def model_of(process):
+    """What a rule needs of sample.Model."""
+    return SimpleNamespace(method=page_of(process), process=process)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty folder, but for a colour picture and a mask of its left half."""
+    monkeypatch.chdir(tmp_path)
+    np.save("colour.npy", RNG.integers(0, 256, (8, 8, 3), np.uint8))
+    np.save("half.npy", np.arange(64).reshape(8, 8) % 8 < 4)
+
+
+def said_by(command, *argv):
+    """What a command is refused with."""
+    with pytest.raises(SystemExit, match=r"^error: [^\n]+$") as stop:
+        command.main([str(word) for word in argv])
+    return stop.value.code
+
+
+# -------------------------------------------------------------------------------------------------
+# The learned grid
+
+
+@cache
+def measured(process, data, n=128):
+    """States, predict, R, lambda and size of exact data."""
+    page = page_of(process)
+    predict = data.predictor(process)
+    generator = torch.Generator().manual_seed(0)
+    m = process.prior((n, len(data.mean)), generator).double()
+    lam, size = clock.bend(page, process, predict, m[:16], data.mean)
+    return m, predict, page.clock_rate(process, m), lam, size
+
+
+@cache
+def flow(process, data):
+    """Where 300 calls lead."""
+    m, predict, R, _, _ = measured(process, data)
+    page = page_of(process)
+    ts = page.times(process, 301, float(process.time_of_snr(200.0**2)), R)
+    return page.ode(process, predict, m, 300, data.mean, ts)
+
+
+def errors(process, data, nfe):
+    """Mean distance to the flow: on the even grid, and on the learned one."""
+    page = page_of(process)
+    m, predict, R, lam, size = measured(process, data)
+    learned = clock.learned_times(page, process, nfe, R, lam, size)
+    even = page.ode(process, predict, m, nfe, data.mean) - flow(process, data)
+    bent = page.ode(process, predict, m, nfe, data.mean, learned) - flow(process, data)
+    return float(even.norm(dim=1).mean()), float(bent.norm(dim=1).mean())
+
+
+@pytest.mark.parametrize("process", [AGM(sigma_data=0.77), HOLD(order=1, sigma_data=0.77)])
+@pytest.mark.parametrize("nfe", [8, 10, 15, 20])
+def test_the_learned_grid_is_nearer_to_the_exact_flow_of_a_mixture(process, nfe):
+    even, learned = errors(process, WIDE, nfe)
+    assert learned < 0.85 * even
+
+
+@pytest.mark.parametrize("process", [AGM(sigma_data=0.77), HOLD(order=1, sigma_data=0.77)])
+def test_at_five_calls_the_learned_grid_loses_nothing(process):
+    even, learned = errors(process, WIDE, 5)
+    assert learned < 1.1 * even
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("nfe", [5, 10, 20])
+def test_gaussian_data_lose_nothing(process, nfe):
+    even, learned = errors(process, GAUSSIAN, nfe)
+    assert learned < 1.1 * even
+
+
+SIZES = {
+    "as measured": np.exp(-((np.linspace(0, 9, 38) - 3) ** 2)),
+    "all zero": np.zeros(38),
+    "half zero": np.linspace(0, 9, 38) > 4.5,
+    "one spike": np.arange(38) == 20,
+}
+
+
+@pytest.mark.parametrize("process", [AGM(), HOLD()])
+@pytest.mark.parametrize("name", SIZES)
+def test_times_are_monotonous_with_the_right_ends(process, name):
+    page = page_of(process)
+    R = page.clock_rate(process, torch.zeros(1, process.n * 64, 1, 1))
+    for nfe in range(1, 201):
+        ts = clock.learned_times(page, process, nfe, R, np.linspace(0, 9, 38), SIZES[name])
+        steps = np.diff(ts) * np.sign(process.last - process.first)
+        assert len(ts) == nfe + (nfe > 1)
+        assert ts[0] == process.first
+        assert nfe == 1 or ts[-1] == page.end_time(process, nfe)
+        assert (steps > 0).all()
+
+
+def test_without_a_free_step_there_is_a_time_for_each_call():
+    lam = np.linspace(0, 9, 38)
+    ts = clock.learned_times(agm_ref, AGM(), 7, 1.0, lam, SIZES["as measured"], free=False)
+    assert len(ts) == 7
+
+
+def test_up_to_five_calls_the_learned_grid_is_even():
+    lam = np.linspace(0, 9, 38)
+    learned = clock.learned_times(agm_ref, AGM(), 5, 1.2, lam, SIZES["one spike"])
+    even = agm_ref.times(AGM(), 6, agm_ref.end_time(AGM(), 5), 1.2)
+    assert np.abs(np.subtract(learned, even)).max() < 1e-4
+
+
+def test_bend_finds_the_second_derivative_along_the_flow():
+    """A prediction that is a parabola in lambda bends by 2 a everywhere."""
+    process = AGM()
+    R = agm_ref.clock_rate(process, torch.zeros(1, 4))
+
+    def predict(m, t):
+        parabola = 0.3 * agm_ref.clock(process, t, R) ** 2
+        return torch.full((len(m), 2), parabola, dtype=F64)
+
+    lam, size = clock.bend(agm_ref, process, predict, torch.zeros(3, 4, dtype=F64), 0.0)
+    assert (np.diff(lam) > 0).all()
+    assert np.abs(size - 0.6).max() < 1e-6
+
+
+def test_bend_belongs_to_the_denoiser_whatever_the_process():
+    curves = []
+    for process in (AGM(sigma_data=0.77), HOLD(order=1, sigma_data=0.77)):
+        *_, lam, size = measured(process, WIDE, 16)
+        curves.append(np.interp(np.linspace(1, 5, 20), lam, size))
+    assert np.abs(curves[0] - curves[1]).max() < 0.3 * curves[0].max()
+
+
+def test_bend_changes_neither_states_nor_network_nor_generators():
+    checkpoint("run")
+    model = sample.load("run")
+    m = model.process.prior((4, 1, 8, 8), torch.Generator().manual_seed(0))
+    before = [m.clone(), *(p.clone() for p in model.net.state_dict().values())]
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    predict = partial(agm_ref.denoise, model.process, model.net)
+    clock.bend(agm_ref, model.process, predict, m, model.facts["mean"])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.net.training
+    for old, new in zip(before, [m, *model.net.state_dict().values()], strict=True):
+        assert torch.equal(old, new)
+
+
+# -------------------------------------------------------------------------------------------------
 # Likelihood
 
-GAUSS, MIXED = Mixture([1.0], [[0.0] * 3], 0.7), Mixture([0.2, 0.5, 0.3], [[0.8, 0.0], [-0.6, 0.5], [0.0, -0.9]], 0.1)
-LONG = [AGM(p=2.0), HOLD(order=1, first=12.0), HOLD(order=2, first=12.0, var=1.5), HOLD(first=12.0), HOLD(order=4)]
-BOUNDS = [(P, GAUSS, P.n % 2 == 1, *least) for P in LONG for least in ((32, 2e-4, 2e-3), (64, 5e-5, 1e-3))]
-BOUNDS += [(P, MIXED, None, 96, 2e-3, 0.06) for P in (AGM(), HOLD())]
+LONG = [
+    AGM(p=2.0),
+    HOLD(order=1, first=12.0),
+    HOLD(order=2, first=12.0, var=1.5),
+    HOLD(first=12.0),
+    HOLD(order=4),
+]
+GAUSS = Mixture([1.0], [[0.0] * 3], 0.7)
+MIXED = Mixture([0.2, 0.5, 0.3], [[0.8, 0.0], [-0.6, 0.5], [0.0, -0.9]], 0.1)
 
 
-@pytest.mark.parametrize(("P", "data", "exact", "steps", "least_mean", "least"), BOUNDS)
-def test_likelihood(P, data, exact, steps, least_mean, least):
-    """The Jacobian of Gaussian data is a multiple of I, so that Hutchinson's estimate has no noise."""
+def off_truth(process, data, steps, exact=None):
+    """The bound minus log p, for 200 points of the data."""
     torch.manual_seed(0)
     x = data.centres[data.weights.multinomial(200, replacement=True)]
     x = x + data.std * torch.randn_like(x)
-    truth = (Normal(data.centres, data.std).log_prob(x[:, None]).sum(2) + data.weights.log()).logsumexp(1)
-    off = log_likelihood_bound(module_of(P), P, data.at_y(P), x, steps, exact) - truth
-    assert off.mean().abs() < least_mean and off.abs().max() < least
+    by_mode = Normal(data.centres, data.std).log_prob(x[:, None]).sum(2)
+    truth = (by_mode + data.weights.log()).logsumexp(1)
+    predict = data.predictor(process)
+    return log_likelihood_bound(page_of(process), process, predict, x, steps, exact) - truth
 
 
-def test_hutchinson_is_unbiased():
-    """On a mixture the divergence is not a multiple of I: the mean over probes meets the exact trace."""
+@pytest.mark.parametrize("process", LONG)
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_bound_meets_the_likelihood_of_gaussian_data(process, exact):
+    """Their Jacobian is a multiple of I, so that a random probe has no noise."""
+    off = off_truth(process, GAUSS, 32, exact)
+    assert off.mean().abs() < 2e-4
+    assert off.abs().max() < 2e-3
+
+
+def test_half_the_step_is_nearer():
+    off = off_truth(LONG[0], GAUSS, 64, True)
+    assert off.mean().abs() < 5e-5
+    assert off.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("process", [AGM(), HOLD()])
+def test_the_bound_meets_the_likelihood_of_a_mixture(process):
+    off = off_truth(process, MIXED, 96)
+    assert off.mean().abs() < 2e-3
+    assert off.abs().max() < 0.06
+
+
+def test_a_random_probe_is_right_on_average():
+    process = AGM(last=0.9)
+    x = torch.tensor([[0.9, 0.1]], dtype=F64).expand(600, 2)
+    predict = Mixture(MIXED.weights.tolist(), MIXED.centres.tolist(), 0.3).predictor(process)
     torch.manual_seed(0)
-    P, x = AGM(last=0.9), torch.tensor([[0.9, 0.1]], dtype=F64).expand(600, 2)
-    predict = Mixture(MIXED.weights.tolist(), MIXED.centres.tolist(), 0.3).at_y(P)
-    a, b = (log_likelihood_bound(agm_ref, P, predict, x, 16, exact) for exact in (True, False))
+    a = log_likelihood_bound(agm_ref, process, predict, x, 16, exact=True)
+    b = log_likelihood_bound(agm_ref, process, predict, x, 16, exact=False)
     assert b.std() > 1.5 * a.std()
     assert (a.mean() - b.mean()).abs() < 4.5 * ((a.var() + b.var()) / 600).sqrt()
 
 
-def test_nll_is_in_the_units_of_the_file():
-    """Points of a set of other units than the run's; 8-bit images, float32, in bits a dimension."""
+FACTS = dict(kind="image", shape=[1, 5, 5], shift=0.0, scale=1.0)
+DENOISE = partial(agm_ref.denoise, AGM(), zero)
+
+
+def test_points_are_measured_in_the_units_of_their_file():
     torch.manual_seed(0)
-    P, raw, here = AGM(), torch.tensor([30.0, -7.0]) + 4 * torch.randn(50, 2, dtype=F64), torch.tensor([5.0, 2.0])
-    facts, stored = {"kind": "points", "shape": [2], "shift": [30.0, -7.0], "scale": 8.0}, ((raw - here) / 3).float()
-    dataset = Dataset("set", "points", stored, stored, shift=here, scale=3.0)
-    predict = partial(agm_ref.denoise, P, zero)
-    nll, unit = held_out_nll(agm_ref, P, predict, dataset, facts, n=40, batch=16)
-    truth = -Normal(torch.tensor([30.0, -7.0]), 4.0).log_prob(raw).sum(1)[:40]  # 4 = 8 sigma_data
-    assert unit == "nats/point" and (nll - truth).abs().max() < 0.02
-    pixels, images = torch.randint(0, 256, (6, 1, 5, 5), dtype=torch.uint8), FACTS | {"shape": [1, 5, 5]}
+    mean = torch.tensor([30.0, -7.0])
+    raw = mean + 4 * torch.randn(50, 2, dtype=F64)
+    shift = torch.tensor([5.0, 2.0])
+    stored = ((raw - shift) / 3).float()
+    dataset = Dataset("set", "points", stored, stored, shift=shift, scale=3.0)
+    facts = dict(kind="points", shape=[2], shift=[30.0, -7.0], scale=8.0)
+    nll, unit = held_out_nll(agm_ref, AGM(), DENOISE, dataset, facts, n=40, batch=16)
+    truth = -Normal(mean, 4.0).log_prob(raw).sum(1)[:40]  # 4 = 8 sigma_data
+    assert unit == "nats/point"
+    assert (nll - truth).abs().max() < 0.02
+
+
+def test_images_are_measured_in_bits_of_their_8_bit_values():
+    pixels = torch.randint(0, 256, (6, 1, 5, 5), dtype=torch.uint8)
     dataset = Dataset("set", "image", pixels, pixels)
     torch.manual_seed(1)
-    nll, unit = held_out_nll(agm_ref, P, predict, dataset, images)
+    nll, unit = held_out_nll(agm_ref, AGM(), DENOISE, dataset, FACTS)
     torch.manual_seed(1)
     values = pixels + torch.rand(pixels.shape, dtype=F64) - 0.5
     truth = -Normal(127.5, 127.5 * 0.5).log_prob(values).mean((1, 2, 3)) / math.log(2)
-    assert unit == "bits/dim" and (nll - truth).abs().max() < 2e-3
-    fails("at least 2 of image .*, set has 1 ", held_out_nll, agm_ref, P, predict, dataset, images, n=1)
-    fails("set has 6 held-out samples of image", held_out_nll, agm_ref, P, predict, dataset, facts)
+    assert unit == "bits/dim"
+    assert (nll - truth).abs().max() < 2e-3
 
 
-# Conditions: 8 numbers as an image (1, 2, 4), of covariance COV; half of them known, or the means of 2 x 2 blocks
+def test_data_of_another_kind_are_refused():
+    pixels = torch.zeros(6, 1, 4, 4, dtype=torch.uint8)
+    dataset = Dataset("set", "image", pixels, pixels)
+    with pytest.raises(UserError, match="set has 6 of image"):
+        held_out_nll(agm_ref, AGM(), DENOISE, dataset, FACTS)
+
+
+def test_the_command_says_what_is_worse_than_noise_and_why(capsys):
+    checkpoint("run")
+    likelihood.main("--ckpt run --n 3 --steps 1".split())
+    said = capsys.readouterr().out
+    assert re.search(r"negative log-likelihood <= \d+\.\d+ \+- \d+\.\d+ bits/dim", said)
+    assert "worse than uniform noise, which has 8 bits/dim: 1 steps are too few" in said
+
+
+def test_the_command_says_how_long_it_takes(monkeypatch):
+    checkpoint("run", data="moons")
+    shares = []
+    monkeypatch.setattr(sample, "say_progress", lambda share, began: shares.append(share))
+    likelihood.main("--ckpt run --n 6 --batch 4 --steps 2".split())
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+# -------------------------------------------------------------------------------------------------
+# Rules: 8 numbers as a picture (1, 2, 4), of covariance COV. Half of them are known, or the means
+# of blocks of 2 x 2.
 
 EYE = torch.eye(8, dtype=F64)
 ROWS, COLUMNS = torch.cartesian_prod(torch.arange(2), torch.arange(4)).T
-COV = 0.25 * 0.9 ** ((ROWS[:, None] - ROWS).abs() + (COLUMNS[:, None] - COLUMNS).abs()).double()
-SEEN = {"pixels": conditions.observation((ROWS + COLUMNS).reshape(2, 4) % 2), "means": conditions.observation(shrink=2)}
+DISTANCE = (ROWS[:, None] - ROWS).abs() + (COLUMNS[:, None] - COLUMNS).abs()
+COV = 0.25 * 0.9 ** DISTANCE.double()
+SEEN = {
+    "pixels": complete.observation(mask=(ROWS + COLUMNS).reshape(2, 4) % 2),
+    "means": complete.observation(shrink=2),
+}
 VALUE = torch.tensor([0.7, -0.2, 0.1, 0.4], dtype=F64).repeat(2).reshape(1, 1, 2, 4)
 
 
@@ -102,189 +310,294 @@ def gaussian_net(y, t, label=None):
     """The network whose denoiser is exact for N(0, COV) at sigma_data 1/2."""
     root = float(1 / t[0] - 1)  # 1 / sigma
     c_in = (1 + 0.25 * root**2) ** -0.5
-    gain = torch.linalg.solve(root**2 * COV + EYE, root * COV) - 0.25 * root * c_in**2 * EYE
+    gain = torch.linalg.solve(root**2 * COV + EYE, root * COV)
+    gain = gain - 0.25 * root * c_in**2 * EYE
     return (y.flatten(1) / c_in @ gain / (0.5 * c_in)).reshape(y.shape)
 
 
 def rows_of(see):
-    """The projection as U^T U, U (r, 8)."""
-    values, vectors = torch.linalg.eigh(see(EYE.reshape(8, 1, 2, 4)).reshape(8, 8))
-    assert ((values.abs() < 1e-9) | ((values - 1).abs() < 1e-9)).all()
+    """see as U^T U, U (r, 8)."""
+    projection = see(EYE.reshape(8, 1, 2, 4)).reshape(8, 8)
+    values, vectors = torch.linalg.eigh(projection)
     return vectors[:, values > 0.5].T
 
 
-@pytest.mark.parametrize("P", PROCESSES, ids=repr)
+@pytest.mark.parametrize("see", SEEN.values(), ids=SEEN)
+def test_what_is_seen_is_an_orthogonal_projection(see):
+    projection = see(EYE.reshape(8, 1, 2, 4)).reshape(8, 8)
+    assert (projection - projection.T).abs().max() < 1e-12
+    assert (projection @ projection - projection).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("kind", SEEN)
 @pytest.mark.parametrize("noise", [0.0, 0.2])
-def test_one_call_gives_the_posterior_mean(P, kind, noise):
-    """E[x | m, known]: both are observations of x with Gaussian noise."""
+def test_one_call_gives_the_posterior_mean_of_gaussian_data(process, kind, noise):
+    """The state and what is known are both observations of x with Gaussian noise."""
     torch.manual_seed(0)
-    method, t, m, U = module_of(P), 0.4, torch.randn(5, P.n, 2, 4, dtype=F64), rows_of(SEEN[kind])
-    A = torch.cat([torch.kron(P.mean(t)[:, None], EYE), U])
-    S = torch.block_diag(torch.kron(P.cov(t), EYE), noise**2 * EYE[: len(U), : len(U)])
-    data = torch.cat([m.flatten(1), (U @ VALUE.flatten()).expand(5, -1)], 1)
-    predict = conditions.by_covariance(method, P, gaussian_net, SEEN[kind], SEEN[kind](VALUE), 12, noise)
-    truth = data @ torch.linalg.solve(A @ COV @ A.mT + S, A @ COV)
-    assert (predict(m, t).flatten(1) - truth).abs().max() < 1e-9
+    t = 0.4
+    see = SEEN[kind]
+    U = rows_of(see)
+    m = torch.randn(5, process.n, 2, 4, dtype=F64)
+    A = torch.cat([torch.kron(process.mean(t)[:, None], EYE), U])
+    noise_cov = noise**2 * torch.eye(len(U), dtype=F64)
+    S = torch.block_diag(torch.kron(process.cov(t), EYE), noise_cov)
+    seen = torch.cat([m.flatten(1), (U @ VALUE.flatten()).expand(5, -1)], 1)
+    truth = seen @ torch.linalg.solve(A @ COV @ A.mT + S, A @ COV)
+
+    rule = complete.by_covariance(
+        model_of(process), gaussian_net, see, see(VALUE), passes=12, noise=noise
+    )
+    assert (rule(m, t).flatten(1) - truth).abs().max() < 1e-9
 
 
-SETTINGS = [
-    *((P, "ode", 20, gibbs, *k) for P, gibbs, k in product(PROCESSES, (0, 1), (("pixels", 0.0), ("means", 0.2)))),
-    *((AGM(), "exponential", 50, 1, "means", 0.0), (AGM(), "splitting", 100, 1, "pixels", 0.0)),
-    *((AGM(), "em", 100, 1, "means", 0.2), (HOLD(), "lie", 100, 1, "pixels", 0.0)),
-    *((HOLD(), "strang", 100, 0, "means", 0.0), (HOLD(), "ode", 50, 1, "pixels", 0.2)),
+LAWS = [
+    (AGM(), "ode", 20, "covariance", "pixels", 0.0),
+    (AGM(), "ode", 20, "gibbs", "means", 0.2),
+    (AGM(), "exponential", 50, "gibbs", "means", 0.0),
+    (AGM(), "splitting", 100, "gibbs", "pixels", 0.0),
+    (AGM(), "em", 100, "gibbs", "means", 0.2),
+    (HOLD(order=1), "ode", 20, "gibbs", "pixels", 0.0),
+    (HOLD(order=2), "ode", 20, "gibbs", "pixels", 0.0),
+    (HOLD(), "ode", 50, "gibbs", "pixels", 0.2),
+    (HOLD(), "ode", 20, "covariance", "means", 0.2),
+    (HOLD(), "lie", 100, "gibbs", "pixels", 0.0),
+    (HOLD(), "strang", 100, "covariance", "means", 0.0),
 ]
 
 
-@pytest.mark.parametrize(("P", "sampler", "nfe", "gibbs", "kind", "noise"), SETTINGS, ids=lambda v: str(v)[:13])
-def test_samples_have_the_conditional_law_of_gaussian_data(P, sampler, nfe, gibbs, kind, noise):
-    """Mean and covariance; the Gibbs rule's draws of x are white, so that it approaches the law as nfe grows."""
+@pytest.mark.parametrize(("process", "sampler", "nfe", "rule", "kind", "noise"), LAWS)
+def test_completions_have_the_conditional_law(process, sampler, nfe, rule, kind, noise):
+    """Mean and covariance. The Gibbs rule draws white noise, and comes near with many calls."""
     torch.manual_seed(0)
-    method, n, see, U = module_of(P), 5_000, SEEN[kind], rows_of(SEEN[kind])
-    K = COV @ U.mT @ torch.linalg.inv(U @ COV @ U.mT + noise**2 * EYE[: len(U), : len(U)])
-    mean, cov, randn = K @ U @ VALUE.flatten(), COV - K @ U @ COV, torch.randn_like if gibbs else None
-    predict = conditions.by_covariance(method, P, gaussian_net, see, see(VALUE), 4, noise, randn=randn)
-    x = method.SAMPLERS[sampler](P, predict, P.prior((n, 1, 2, 4)).double(), nfe)
-    assert noise or (see(x) - see(VALUE)).abs().max() < 1e-9
-    x = x.flatten(1)
+    model = model_of(process)
+    see = SEEN[kind]
+    U = rows_of(see)
+    noise_cov = noise**2 * torch.eye(len(U), dtype=F64)
+    K = COV @ U.mT @ torch.linalg.inv(U @ COV @ U.mT + noise_cov)
+    mean = K @ U @ VALUE.flatten()
+    cov = COV - K @ U @ COV
+
+    start = complete.condition(VALUE, see, rule, passes=4, noise=noise)
+    m = process.prior((5_000, 1, 2, 4)).double()
+    m, predict = start(model, m, gaussian_net, None, torch.randn_like)
+    x = model.method.SAMPLERS[sampler](process, predict, m, nfe).flatten(1)
     assert (x.mean(0) - mean).square().mean().sqrt() < 0.05 * cov.diagonal().mean().sqrt()
-    assert (torch.cov(x.mT) - cov).norm() < (0.12 if gibbs and P.n > 1 else 0.05) * cov.norm()
+    assert (torch.cov(x.mT) - cov).norm() < (0.12 if rule == "gibbs" else 0.05) * cov.norm()
 
 
-@pytest.mark.parametrize("P", [AGM(), HOLD(order=1), HOLD()], ids=repr)
-def test_redrawing_leaves_the_law_of_the_state(P):
-    """Given x, a state redrawn is one of the same law with the same data block."""
+@pytest.mark.parametrize("process", [AGM(), HOLD()])
+def test_redrawing_leaves_the_law_of_the_state(process):
+    """Given x, a state redrawn is another one of the same law, with the same data block."""
     torch.manual_seed(0)
-    method, n, t = module_of(P), 100_000, 0.5
-    x = torch.full((n, 1, 1, 1), 0.7, dtype=F64)
-    old = method.mix(P.mean(t)[:, None], x) + method.mix(P.cholesky(t), torch.randn(n, P.n, 1, 1, dtype=F64))
+    model = model_of(process)
+    x = torch.full((100_000, 1, 1, 1), 0.7, dtype=F64)
+    eps = torch.randn(100_000, process.n, 1, 1, dtype=F64)
+    mix = model.method.mix
+    old = mix(process.mean(0.5)[:, None], x) + mix(process.cholesky(0.5), eps)
     new = old.clone()
-    conditions.redraw(method, P, new, t, x, torch.randn_like)
-    assert (new[:, 0] == old[:, 0]).all() and ((new[:, 1:] != old[:, 1:]).all() or P.n == 1)
-    off = new.flatten(1) - 0.7 * P.mean(t)
-    assert (off.mean(0) / P.cov(t).diagonal().sqrt()).abs().max() < 0.02
-    assert (torch.cov(off.mT) - P.cov(t)).abs().max() < 0.02 * P.cov(t).diagonal().max()
+    complete.redraw(model, new, 0.5, x, torch.randn_like)
+    assert (new[:, 0] == old[:, 0]).all()
+    assert (new[:, 1:] != old[:, 1:]).all()
+    off = new.flatten(1) - 0.7 * process.mean(0.5)
+    cov = process.cov(0.5)
+    assert (off.mean(0) / cov.diagonal().sqrt()).abs().max() < 0.02
+    assert (torch.cov(off.mT) - cov).abs().max() < 0.02 * cov.diagonal().max()
 
 
-def given(P=PROCESSES[0], picture=None, facts=FACTS, **options):
-    args = SimpleNamespace(**dict.fromkeys(OPTIONS) | {"nfe": 4} | options)
-    return conditions.given(args, module_of(P), P, facts, picture)
+# -------------------------------------------------------------------------------------------------
+# Conditions on pictures
 
 
-def drawn(start, P=PROCESSES[0], net=zero, label=None):
-    """Two samples as pixels (2, C, H, W)."""
+def picture(file="colour.npy", shrink=1):
+    """A file as a picture (1, 3, 8, 8) in network units."""
+    return complete.fitted(np.load(file), file, (3, 8, 8), shrink) / 127.5 - 1
+
+
+def completions(condition, process=AGM(), net=zero, label=None):  # noqa: B008
+    """Two samples (2, 3, 8, 8)."""
     torch.manual_seed(0)
-    m, predict = start(P.prior((2, *FACTS["shape"])), net, label, torch.randn_like)
-    return (module_of(P).ode(P, predict, m, 4) + 1) * 127.5
+    m = process.prior((2, 3, 8, 8))
+    m, predict = condition(model_of(process), m, net, label, torch.randn_like)
+    return page_of(process).ode(process, predict, m, 4)
 
 
-@pytest.fixture(autouse=True)
-def pixels(tmp_path, monkeypatch):
-    """An empty folder but for a colour picture, returned as (3, 8, 8), and a mask of its left half."""
-    monkeypatch.chdir(tmp_path)
-    np.save("colour.npy", RNG.integers(0, 256, (8, 8, 3), "u1"))
-    np.save("half.npy", np.arange(64).reshape(8, 8) % 8 < 4)
-    return torch.from_numpy(np.load("colour.npy")).permute(2, 0, 1)
+@pytest.mark.parametrize("rule", ["gibbs", "covariance", "paper"])
+def test_known_pixels_are_kept_and_the_others_are_drawn(rule):
+    half = torch.from_numpy(np.load("half.npy"))
+    x = completions(complete.condition(picture(), complete.observation(mask=half), rule))
+    assert (x - picture())[..., half].abs().max() < 1e-5
+    assert (x[0] != x[1])[..., ~half].all()
 
 
-def test_what_is_known_is_kept(pixels):
-    """By every rule, from a file or a held-out picture, as pixels or means, with the label of each sample."""
-    half, labels = np.load("half.npy"), []
+@pytest.mark.parametrize("rule", ["gibbs", "covariance", "paper"])
+def test_known_means_are_kept(rule):
+    x = completions(complete.condition(picture(), complete.observation(shrink=4), rule))
+    assert (avg_pool2d(x, 4) - avg_pool2d(picture(), 4)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("rule", ["gibbs", "covariance", "paper"])
+def test_the_network_gets_the_label_of_each_sample(rule):
+    labels = []
 
     def net(y, t, label=None):
-        labels.append(label)
+        labels.append(label.tolist())
         return 0 * y
 
-    for rule, passes in ("gibbs", 3), ("covariance", 2), ("paper", 0):
-        start, note = given(inpaint="colour.npy", mask="half.npy", rule=rule)
-        x = drawn(start, net=net, label=torch.tensor([2, 0]))
-        assert note == f" with {passes} backward passes each" * bool(passes)
-        assert (x - pixels).abs().numpy()[..., half].max() < 1e-3 and (x[0] != x[1]).numpy()[..., ~half].all()
-        start, _ = given(picture=pixels[None] / 127.5 - 1, held_out=3, mask="half.npy", rule=rule)
-        assert (drawn(start) - x).abs().max() < 1e-3
-    assert all(label.tolist() == [2, 0] for label in labels)
-    means = avg_pool2d(pixels.float(), 4)
-    np.save("small.npy", means.permute(1, 2, 0).round().byte().numpy())
-    for file in "colour.npy", "small.npy":
-        assert (avg_pool2d(drawn(given(inpaint=file, shrink=4)[0]), 4) - means).abs().max() < 0.6
-    np.save("small.npy", np.full((2, 2, 3), 200, "u1"))  # noise is in grey levels, of means as well
-    start, _ = given(inpaint="small.npy", shrink=4, noise=20.0, rule="covariance")
-    m, predict = start(torch.zeros(1, 6, 8, 8, dtype=F64), zero, None, torch.randn_like)
-    prior, noise = 0.25 / 16 / (1 + 0.25 * float(AGM().snr(0.5))), (20 / 127.5) ** 2  # variances of a mean
-    assert (predict(m, 0.5) - (200 / 127.5 - 1) * prior / (prior + noise)).abs().max() < 1e-6  # the file is float32
+    condition = complete.condition(picture(), complete.observation(shrink=4), rule)
+    completions(condition, net=net, label=torch.tensor([2, 0]))
+    assert labels == [[2, 0]] * 4
 
 
-def test_strokes(pixels):
-    """init mixes a tenth into v; dyn redraws v given the stroke in the first share of the calls and no other."""
-    stroke, m = pixels / 127.5 - 1, torch.randn(2, 6, 8, 8)
-    for options, calls in ({}, 2), ({"share": 0.5}, 4), ({"inject": "dyn", "share": 0.01}, 1), ({"inject": "init"}, 0):
-        new, predict = given(stroke="colour.npy", nfe=8, **options)[0](m, zero, None, torch.randn_like)
-        start, changed = torch.cat([m[:, :3], 0.9 * m[:, 3:] + 0.1 * stroke], 1) if calls == 0 else m, []
-        assert new is not m and (new - start).abs().max() < 1e-6  # the caller's own stays what it is
-        for _ in range(8):
-            before = new.clone()
-            predict(new, 0.5)
-            changed.append(bool((new[:, 3:] != before[:, 3:]).all()) and bool((new[:, :3] == before[:, :3]).all()))
-        assert changed == [True] * calls + [False] * (8 - calls)
-    guided = drawn(given(HOLD(), stroke="colour.npy", share=0.5)[0], HOLD())
-    assert (guided - drawn(given(HOLD(), stroke="colour.npy", inject="init")[0], HOLD())).abs().max() > 1
-    assert given(picture=stroke[None], held_out=0, inject="dyn")[0] and given() == (None, "")
+def test_a_picture_of_the_size_of_the_blocks_is_taken_for_their_means():
+    np.save("small.npy", np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+    x = picture("small.npy", shrink=4)
+    values = (avg_pool2d(x, 4) + 1) * 127.5
+    assert x.shape == (1, 3, 8, 8)
+    assert (values[0].movedim(0, 2).numpy() - np.load("small.npy")).max() < 1e-4
 
 
-BOTH = {"inpaint": "colour.npy", "mask": "half.npy"}
-ARRAYS = {"none": np.full((8, 8), 127, "u1"), "all": np.ones((8, 8))}
+@pytest.mark.parametrize(("share", "calls"), [(0.25, 2), (0.5, 4), (0.01, 1)])
+def test_a_stroke_redraws_v_in_the_first_share_of_the_calls(share, calls):
+    condition = complete.stroke_condition(picture(), math.ceil(share * 8))
+    m, predict = condition(model_of(AGM()), torch.randn(2, 6, 8, 8), zero, None, torch.randn_like)
+    changed = []
+    for _ in range(8):
+        before = m.clone()
+        predict(m, 0.5)
+        assert torch.equal(m[:, :3], before[:, :3])
+        changed.append(bool((m[:, 3:] != before[:, 3:]).all()))
+    assert changed == [True] * calls + [False] * (8 - calls)
 
 
-@pytest.mark.parametrize(("words", "options"), [
-    ("--mask: give one of --stroke, --inpaint, --held-out", {"mask": "half.npy"}),
-    ("--share are for a stroke", {"stroke": "colour.npy", "mask": "half.npy"}),
-    ("what is known", BOTH | {"shrink": 2}),
-    ("points data", BOTH | {"facts": {"kind": "points", "shape": [2]}}),
-    ("--rule paper", BOTH | {"P": AGM(target="ode")}),
-    ("strang", BOTH | {"P": HOLD(), "sampler": "strang"}),
-    ("strang", {"stroke": "colour.npy", "P": HOLD(), "sampler": "strang"}),
-    ("order 1", {"stroke": "colour.npy", "P": HOLD(order=1)}),
-    ("must divide .8, 8", {"inpaint": "colour.npy", "shrink": 3}),
-    ("no pixels are known", BOTH | {"mask": "none.npy"}),
-    ("all pixels are known", BOTH | {"mask": "all.npy"}),
-    ("cannot read --inpaint nowhere.npy: .*No such file", BOTH | {"inpaint": "nowhere.npy"}),
-    (r"float64 \(8, 8\), not uint8", BOTH | {"inpaint": "all.npy"}),
-], ids=lambda v: "" if isinstance(v, dict) else v)  # fmt: skip
-def test_what_is_refused_in_one_line(words, options):
-    for name, array in ARRAYS.items():
-        np.save(name, array)
-    fails(words, given, **options)
+def test_a_stroke_can_be_mixed_into_the_first_v_once():
+    m = torch.randn(2, 6, 8, 8)
+    new, _ = complete.stroke_condition(picture(), 0)(
+        model_of(AGM()), m, zero, None, torch.randn_like
+    )
+    assert torch.equal(new[:, :3], m[:, :3])
+    assert (new[:, 3:] - (0.9 * m[:, 3:] + 0.1 * picture())).abs().max() < 1e-6
 
 
-def test_pictures_are_brought_to_the_network_as_in_training(monkeypatch):
-    """The central part by Lanczos' filter, a mask then known above 127; grey and colour as Pillow does."""
+def test_a_condition_is_one_of_sample_draw():
+    checkpoint("run")
+    known = complete.fitted(np.full((8, 8), 200, np.uint8), "", (1, 8, 8), 1) / 127.5 - 1
+    half = torch.from_numpy(np.load("half.npy"))
+    condition = complete.condition(known, complete.observation(mask=half))
+    x = drawn(sample.load("run"), 3, nfe=3, condition=condition)
+    assert (x[:, half] == 200).all()
+
+
+# -------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture
+def run(folder):
+    checkpoint("run")
+    np.save("grey.npy", RNG.integers(0, 256, (8, 8), np.uint8))
+    return "run"
+
+
+def test_original_and_known_part_lead_each_row(run, monkeypatch):
+    shown = []
+    grid = complete.image_grid
+    monkeypatch.setattr(complete, "image_grid", lambda *a: shown.append(a) or grid(*a))
+    complete.main("--ckpt run --inpaint grey.npy --mask half.npy --n 12 --nfe 2".split())
+    cells, columns = shown[0]
+    grey = np.load("grey.npy")
+    known = np.where(np.load("half.npy"), grey, 128)
+    for start in (0, columns):
+        assert (cells[start, ..., 0] == grey).all()
+        assert np.abs(cells[start + 1, ..., 0] - known.astype(int)).max() <= 1
+    assert columns == 10
+    assert (cells[2:10] == np.load("run/samples.npz")["arr_0"][:8]).all()
+
+
+def test_the_line_names_the_picture(run, capsys):
+    complete.main("--ckpt run --held-out 3 --shrink 2 --n 2 --nfe 2".split())
+    said = capsys.readouterr().out
+    assert "held-out sample 3 of digits stands first in each row" in said
+    assert "NFE 2 with 3 backward passes each" in said
+
+
+def test_a_stroke_leads_each_row(run, capsys):
+    complete.main("--ckpt run --stroke grey.npy --n 2 --nfe 2".split())
+    assert "grey.npy stands first in each row" in capsys.readouterr().out
+
+
+MISTAKES = [
+    ("--mask half.npy", "give one picture"),
+    ("--held-out 3 --stroke grey.npy", "give one picture"),
+    ("--stroke grey.npy --mask half.npy", "--mask is for --inpaint and --held-out"),
+    ("--inpaint grey.npy --mask half.npy --share .3", "--share is for --stroke"),
+    ("--inpaint grey.npy", "give --mask FILE or --shrink K"),
+    ("--inpaint grey.npy --mask half.npy --shrink 2", "give --mask FILE or --shrink K"),
+    ("--inpaint grey.npy --shrink 3", "--shrink must divide the sides of the pictures, [8, 8]"),
+    ("--inpaint nowhere.npy --shrink 2", "cannot read nowhere.npy"),
+    ("--inpaint grey.npy --mask none.npy", "no pixel is known"),
+    ("--inpaint grey.npy --mask all.npy", "all pixels are known"),
+    ("--held-out 359 --shrink 2", "--held-out must be below 359"),
+    (
+        "--inpaint grey.npy --shrink 2 --method hold --sampler strang",
+        "strang loses what is redrawn",
+    ),
+    ("--stroke grey.npy --method hold --order 1", "nothing for a stroke to act on"),
+    ("--inpaint grey.npy --shrink 2 --class 3", "no --class 3: the net knows none"),
+    ("--inpaint grey.npy --shrink 2 --guidance 2", "--guidance belongs to a class"),
+    ("--inpaint grey.npy --shrink 2 --sampler heun", "no --sampler heun"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), MISTAKES)
+def test_a_mistake_is_one_line_and_changes_nothing(run, options, words):
+    np.save("none.npy", np.zeros((8, 8)))
+    np.save("all.npy", np.ones((8, 8)))
+    assert words in said_by(complete, "--ckpt", "run", "--out", "new", *options.split())
+    assert not Path("new").exists()
+
+
+def test_points_have_no_pictures():
+    checkpoint("points", data="moons")
+    said = said_by(complete, "--ckpt", "points", "--stroke", "colour.npy")
+    assert "networks of 8-bit images, not of points data" in said
+
+
+def test_a_net_of_the_paper_completes_by_the_papers_rule():
+    checkpoint("paper", target="ode")
+    options = "--ckpt paper --held-out 0 --shrink 2 --n 2 --nfe 2".split()
+    assert "take --rule paper" in said_by(complete, *options)
+    complete.main([*options, "--rule", "paper"])
+    assert Path("paper/samples.png").exists()
+
+
+def test_a_picture_is_fitted_as_in_training():
+    Image = pytest.importorskip("PIL.Image")
+    ImageOps = pytest.importorskip("PIL.ImageOps")
+    image = Image.fromarray(RNG.integers(0, 256, (20, 30, 3), np.uint8))
+    fit = np.asarray(ImageOps.fit(image, (8, 8), Image.Resampling.LANCZOS))
+    x = complete.fitted(np.asarray(image), "", (3, 8, 8), 1)
+    assert (x[0].movedim(0, 2).numpy() == fit).all()
+
+
+def test_a_colour_picture_is_grey_for_a_grey_network():
+    Image = pytest.importorskip("PIL.Image")
+    colour = np.load("colour.npy")
+    grey = np.asarray(Image.fromarray(colour).convert("L")).astype(float)
+    x = complete.fitted(colour, "", (1, 8, 8), 1)
+    assert np.abs(x[0, 0].numpy() - grey).max() <= 1
+
+
+def test_the_alpha_of_a_mask_is_the_mask(run):
+    Image = pytest.importorskip("PIL.Image")
     half = np.load("half.npy")
-    for mask in half, half.astype(int), half.astype(float), 128 * half[..., None].astype("u1"):
-        np.save("mask.npy", mask)
-        assert ((conditions.read("--mask", "mask.npy", (1, 8, 8))[0, 0] > 127).numpy() == half).all()
-    Image, ImageOps = pytest.importorskip("PIL.Image"), pytest.importorskip("PIL.ImageOps")
-    picture, black = Image.fromarray(RNG.integers(0, 256, (20, 30, 3), "u1")), Image.new("L", (16, 16))
-    images = {"colour": picture, "grey": picture.convert("L")}
-    for name, image in images.items():
-        image.save(f"{name}.png")
-        np.save(f"{name}.npy", np.asarray(image))
-    for file, C in *product(("colour.png", "grey.png", "grey.npy"), (1, 3)), ("colour.npy", 3):
-        fit = ImageOps.fit(images[file[:-4]], (8, 8), Image.Resampling.LANCZOS).convert("L" if C == 1 else "RGB")
-        x = conditions.read("--inpaint", file, (C, 8, 8))[0].permute(1, 2, 0).numpy().squeeze()
-        assert np.abs(x - np.asarray(fit)).max() <= (file == "colour.png" and C == 1)
-    fails(r"uint8 \(20, 30, 3\), not uint8 \(H, W\) or", given, stroke="colour.npy", facts=FACTS | {"shape": [1, 8, 8]})
-    black.paste(255, (0, 0, 8, 16))
-    black.save("mask.jpg", quality=30)  # black pixels that are not quite black are not known
-    black.convert("RGB").save("mask.png")
-    for file in "mask.jpg", "mask.png":
-        assert ((conditions.read("--mask", file, (1, 8, 8))[0, 0] > 127).numpy() == half).all()
-    picture.putalpha(ImageOps.invert(black.resize(picture.size)))
-    picture.save("alpha.png")
-    fails("--inpaint alpha.png: it has an alpha channel", given, inpaint="alpha.png", mask="mask.png")
-    fails("--mask alpha.png: it has an alpha channel", given, inpaint="colour.png", mask="alpha.png")
-    assert given(stroke="alpha.png")[0]
-    Path("broken.png").write_bytes(b"no picture")
-    fails("cannot read --stroke broken.png", given, stroke="broken.png")
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    for file in "colour.png", "colour.npy":
-        fails("pip install pillow, or give an .npy of 8 x 8 pixels", given, stroke=file)
+    rgba = np.dstack([RNG.integers(0, 256, (8, 8, 3)), 255 * half]).astype(np.uint8)
+    Image.fromarray(rgba).save("mask.png")
+    args = SimpleNamespace(mask="mask.png")
+    assert (complete.mask_of(args, sample.load("run")).numpy() == half).all()
+
+
+def test_another_size_wants_pillow(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    with pytest.raises(UserError, match="pip install pillow, or give pictures of 8 x 8 pixels"):
+        complete.fitted(np.zeros((9, 9), np.uint8), "a.npy", (1, 8, 8), 1)

@@ -94,6 +94,8 @@ def load(path=None, method=None, order=None, raw=False, device="auto"):
     """
     device = train.pick_device(device)
     ckpt = train.load_checkpoint(path)
+
+    # the process: that of the training, or for a denoiser any other
     trained = ckpt["config"]
     own = method in (None, trained.method) and order in (None, trained.order)
     if trained.target != "data" and not own:
@@ -105,6 +107,8 @@ def load(path=None, method=None, order=None, raw=False, device="auto"):
     method, process, net = train.build(config, ckpt["data"])
     if order and not hasattr(process, "order"):
         raise UserError(f"{config.method} has no --order: leave it out, or add --method hold")
+
+    # the weights, which nothing changes from here on
     train.load_weights(net, ckpt["net" if raw else "ema"], ckpt["path"])
     net = net.to(device).eval().requires_grad_(False)
     return Model(net, method, process, config, ckpt["data"], device, ckpt["bend"], ckpt["path"])
@@ -139,20 +143,21 @@ def draw(
     for start in range(first, first + n, batch):
         numbers = range(start, min(start + batch, first + n))
         randn = Noise(seed, numbers)
+        m = randn.prior(model.process, model.facts["shape"]).to(model.device)
         label = None
         if classes is not None:
             label = torch.tensor([classes[i % len(classes)] for i in numbers])
             label = label.to(model.device)
 
-        # the state, and what predicts the data from it
-        m = randn.prior(model.process, model.facts["shape"]).to(model.device)
+        # what predicts the data from the state, and what it says where nothing is known
         if condition:
             m, predict = condition(model, m, guided, label, randn)
-            mean = None  # given a part of the picture it is another
+            mean = None  # with a condition it is another
         else:
             predict = partial(model.method.denoise, model.process, guided, label=label)
             mean = mean_of(model.facts, label, guidance)
 
+        # the sampler, with what it takes
         predict = watched(predict, watch)
         more = keywords(sampler, model, m, nfe, randn, mean, grid)
         x = sampler(model.process, predict, m, nfe, **more)
@@ -168,6 +173,8 @@ def pick_sampler(model, name, nfe, grid):
     name = name or next(iter(samplers))
     if name not in samplers:
         raise UserError(f"no --sampler {name}: choose from {', '.join(samplers)}")
+
+    # the options: those in its signature, and --grid where it takes times of its own
     takes = inspect.signature(samplers[name]).parameters
     for key in grid:
         if key not in takes and not (key == "grid" and "ts" in takes):
@@ -184,13 +191,14 @@ def pick_sampler(model, name, nfe, grid):
 
 def keywords(sampler, model, m, nfe, randn, mean, grid):
     """What the sampler takes besides the process, predict, m and nfe."""
+    takes = inspect.signature(sampler).parameters
     given = dict(grid, randn=randn, data_mean=mean)
+    # times where the network bends, unless the caller has times or wants even ones
     if model.bend and grid.get("grid") != "even":
         R = model.method.clock_rate(model.process, m)
-        free = mean is not None
+        free = mean is not None and "data_mean" in takes
         ts = clock.learned_times(model.method, model.process, nfe, R, **model.bend, free=free)
         given.setdefault("ts", ts)
-    takes = inspect.signature(sampler).parameters
     return {key: value for key, value in given.items() if key in takes}
 
 
@@ -232,7 +240,7 @@ def mean_of(facts, label, guidance):
     mean = facts["mean"]
     if label is None or facts["class_means"] is None:
         return mean
-    moved = mean + guidance * (facts["class_means"][label] - mean)
+    moved = mean + guidance * (facts["class_means"][label.cpu()] - mean)
     return moved.clamp(-facts["bound"], facts["bound"])
 
 
@@ -256,6 +264,7 @@ def watched(predict, watch):
 def pick_classes(args, model):
     """The classes that samples take in turn; [] for none. UserError for a class that the net does
     not know, and for guidance without one."""
+    # classes of which there were samples to learn
     names = model.facts["names"]
     known = []
     if model.config.classes:
@@ -306,6 +315,7 @@ def collect(model, args, n, stopping, watch=None, **how):
     calls = 0
     began = time.perf_counter()
 
+    # between two network calls: progress, signals, and the film of the first batch
     def between_calls(m, x_hat):
         nonlocal calls
         calls += len(m)
@@ -315,6 +325,7 @@ def collect(model, args, n, stopping, watch=None, **how):
         if watch and not arrays:
             watch(m, x_hat)
 
+    # the batches, until a signal comes
     for key in ("nfe", "sampler", "guidance", "seed", "first", "batch"):
         how[key] = getattr(args, key)
     with suppress(Stopped):
@@ -345,6 +356,7 @@ def draw_and_save(model, args, n, classes, pictures, note="", pngs=(), **how):
         array, labels = collect(model, args, n, stopping, classes=classes or None, **how)
         seconds = (time.perf_counter() - began) / len(array)
 
+        # arrays first: no picture is worth losing them
         arrays = dict(arr_0=array)
         if classes:
             arrays |= dict(labels=labels, names=model.facts["names"])
@@ -354,6 +366,7 @@ def draw_and_save(model, args, n, classes, pictures, note="", pngs=(), **how):
         drawn = pictures(array, labels)
         write_files({out / name: drawn[name] for name in drawn})
 
+    # what was done, and what a signal left to do
     calls = 1
     if classes and args.guidance not in (0, 1):
         calls = 2
@@ -373,11 +386,15 @@ def sample(args):
     model = load(args.ckpt, args.method, args.order, args.raw, args.device)
     facts = model.facts
     classes = pick_classes(args, model)
+
+    # what the sampler is asked for besides
     grid = {}
     for key in ("rho", "t_end", "multistep", "grid"):
         if getattr(args, key) is not None:
             grid[key] = getattr(args, key)
     pick_sampler(model, args.sampler, args.nfe, grid)
+
+    # how many samples, and where they go
     n = args.n or max(64, 8 * len(classes))
     if facts["kind"] == "points":
         n = args.n or 10_000
@@ -385,7 +402,7 @@ def sample(args):
     if args.compile:
         model.net = torch.compile(model.net)
 
-    # the state's data block beside the prediction, at each call of the first batch
+    # the film: at each call of the first batch the state's data block beside the prediction
     frames = []
 
     def film(m, x_hat):

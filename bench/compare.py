@@ -210,9 +210,7 @@ def stochastic():
             if name not in ("ode", "exponential"):
                 found.append(Contender(f"{process}, {name}", "default", process, sampler))
     found.append(Contender("SA-Solver", "default", "VE", peers.sa_solver))
-    everywhere = [{**grid, "between": (0, 100)} for grid in peers.GRIDS]
-    grids = (*peers.GRIDS, *everywhere)
-    found.append(Contender("SA-Solver", "best", "VE", peers.sa_solver, grids))
+    found.append(Contender("SA-Solver", "best", "VE", peers.sa_solver, tuple(peers.GRIDS)))
     return found
 
 
@@ -229,13 +227,9 @@ def chosen(group, only):
 
 
 def trained(folder, *options):
-    """The run in that folder, which is trained there, or trained to its end, if it is not."""
+    """The run in that folder, which is trained if it is not there."""
     if not (folder / "ckpt.pt").exists():
         train.main([*options, "--out", str(folder)])
-        return folder
-    ckpt = train.load_checkpoint(folder)
-    if ckpt["step"] < ckpt["config"].steps and not ckpt["config"].minutes:
-        train.main(["--resume", "--out", str(folder)])
     return folder
 
 

@@ -21,7 +21,6 @@ from itertools import product
 from pathlib import Path
 
 import compare
-import numpy as np
 import torch
 
 import data
@@ -68,20 +67,13 @@ def seen(known, shape):
     return complete.observation(shrink=2)
 
 
-def units(pixels):
-    """uint8 (N, H, W, C) as the network sees them, (N, C, H, W)."""
-    return torch.from_numpy(pixels).movedim(3, 1) / 127.5 - 1
-
-
 def completions(model, originals, known, rule, nfe, grid, seed):
-    """uint8 (N, H, W, C), 64 at a time."""
-    see = seen(known, originals.shape)
-    found = []
-    for i, part in enumerate(originals.split(64)):
-        condition = RULES[rule](part, see)
-        more = dict(batch=64, seed=seed, first=64 * i, condition=condition, grid=grid)
-        found += [x for x, _ in sample.draw(model, len(part), nfe, **more)]
-    return np.concatenate(found)
+    """(N, C, H, W) in network units."""
+    n = len(originals)
+    condition = RULES[rule](originals, seen(known, originals.shape))
+    more = dict(batch=n, seed=seed, condition=condition, grid=grid)
+    ((pixels, _),) = sample.draw(model, n, nfe, **more)
+    return torch.from_numpy(pixels).movedim(3, 1) / 127.5 - 1
 
 
 def scores(x, originals, classes, dataset, unknown):
@@ -100,7 +92,7 @@ def strip(model, originals, rules, path):
     for known in UNKNOWN:
         cells.append(seen(known, originals.shape)(originals))
         for rule in rules:
-            cells.append(units(completions(model, originals, known, rule, 20, "even", 0)))
+            cells.append(completions(model, originals, known, rule, 20, "even", 0))
     array = data.finish(torch.stack(cells, 1).flatten(0, 1), model.facts)
     write_png(path, image_grid(array, columns=len(cells)))
     print(f"{path}: the original, what is known, and {', '.join(rules)}; twice")
@@ -136,7 +128,7 @@ def measure(argv):
         key = compare.key_of(f"{name}, {known}", title, grid, rule)
 
         def numbers(seed, model=models[title], how=(known, rule, args.nfe, grid)):
-            x = units(completions(model, originals, *how, seed))
+            x = completions(model, originals, *how, seed)
             return scores(x, originals, classes, dataset, UNKNOWN[how[0]])
 
         row = results.all(key, args.seeds, numbers)

@@ -82,11 +82,12 @@ def classifier(folder, dataset, epochs=None):
     """Features (B, 64) of images (B, C, H, W) in [-1, 1]: of a small convolutional net, trained on
     the labels of a data set and kept in the folder, under a name that depends on the data. Prints
     its accuracy on the held-out images."""
-    images = dataset.train[:].expand(-1, 3, -1, -1)
+    images = dataset.train[:]
     labels = dataset.train_labels
     epochs = epochs or max(3, 180_000 // len(images))
     content = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
     path = Path(folder, f"classifier-{content:08x}-{epochs}.pt")
+    images = images.expand(-1, 3, -1, -1)
     torch.manual_seed(0)
     layers = []
     for c_in, c_out in ((3, 16), (16, 32), (32, 64)):
@@ -131,10 +132,8 @@ def inception(path, device):
             net = torch.jit.load(path, map_location=device).eval()
         size = features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
     except (RuntimeError, ValueError, OSError, AttributeError) as error:
-        wanted = "a TorchScript file that takes uint8 (B, 3, H, W) and return_features=True"
-        raise UserError(
-            f"--features {path} is not {wanted} ({why(error):.80}): get {NVIDIA}"
-        ) from None
+        text = f"--features {path} is no Inception network of NVIDIA's ({why(error):.80})"
+        raise UserError(f"{text}: get {NVIDIA}") from None
     return features, size
 
 
@@ -215,7 +214,7 @@ def score(argv):
     title = "Fréchet distance in a small classifier's features"
     if args.features:
         features, size = inception(args.features, train.pick_device(args.device))
-        title = "FID" if size == 2048 else f"Fréchet distance in the features of {args.features}"
+        title = "FID"
         if reference and len(reference[1]) != size:
             raise UserError(f"{args.ref} has {len(reference[1])} features, the network {size}")
     elif dataset is None or dataset.train_labels is None:

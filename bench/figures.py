@@ -67,9 +67,7 @@ def told(statistic, cluster, bins=60):
     """The share of particles whose cluster is the most frequent one in their bin of the statistic
     (N,)."""
     rank = statistic.argsort().argsort() * bins // len(cluster)
-    counts = torch.zeros(bins, 3)
-    for i in range(3):
-        counts[:, i] = rank[cluster == i].bincount(minlength=bins)
+    counts = (3 * rank + cluster).bincount(minlength=3 * bins).reshape(bins, 3)
     return float(counts.amax(1).sum() / len(cluster))
 
 
@@ -168,12 +166,10 @@ def snr(args):
 
 
 def denoise(args):
-    if not args.ckpt:
-        raise UserError("name a run on images: --ckpt runs/agm-digits")
     model = compare.load(args.ckpt)
     config = model.config
     if model.facts["kind"] != "image" or config.target != "data":
-        raise UserError(f"{args.ckpt} is no denoiser of images: name another")
+        raise UserError(f"{model.path} is no denoiser of images: name another by --ckpt")
     dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
     n = min(args.n or 512, len(dataset.test))
     x, label = dataset.held_out(torch.linspace(0, len(dataset.test) - 1, n).long())
@@ -213,7 +209,7 @@ FIGURES = {f.__name__: f for f in (phase, snr, denoise)}
 def paint(argv):
     p = compare.parser(__doc__)
     p.add_argument("name", choices=FIGURES)
-    p.add_argument("--ckpt", type=Path, help="of denoise: a run on images")
+    p.add_argument("--ckpt", type=Path, help="of denoise: a run on images; default: the newest")
     p.add_argument("--n", type=int, help="samples behind the number; default: the figure's own")
     p.add_argument("--steps", type=int, default=400, help="calls of a path")
     p.add_argument("--out", type=Path, help="the PNG; default: runs/figures/NAME.png")

@@ -8,8 +8,9 @@
                                                               25 minutes of training; or cifar10
 
 It prints a table for each quantity, calls in columns, means and spreads over --seeds networks, and
-keeps them in bench/results, in images.json, or GROUP.json. Networks are in --runs, NAME-SEED; missing ones are
-trained: digits by train.py's preset, the others, brought to 16 x 16, by 4,500 updates of 64.
+keeps them in bench/results, in images.json or GROUP.json. Networks are in --runs, NAME-SEED;
+missing ones are trained: digits by train.py's preset, the others, brought to 16 x 16, by 4,500
+updates of 64.
 
 frechet   distance of the samples to the data: digits on their 64 raw pixels, to all 1,797; else in
           the features of a small classifier that is trained on the labels, to the training images

@@ -24,7 +24,7 @@ import data
 import train
 
 MODELS = ("agm", "hold1", "hold2", "hold3")
-TARGETS = {"agm": ("data", "ode", "sde"), "hold": ("data", "noise")}
+TARGETS = {"agm": ("data", "ode"), "hold": ("data", "noise")}
 ENDLESS = "--steps 1000000 --log-every 1000000 --save-every 1000000".split()
 CASES = {
     "64 digits": ("digits", 64),

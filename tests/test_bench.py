@@ -16,9 +16,7 @@ import conditions
 import fid
 import figures
 import gpu
-import guidance
 import images
-import likelihood
 import peers
 import plot
 import points
@@ -235,16 +233,14 @@ def test_scripts_print_tables_and_their_results_are_drawn(run, capsys, monkeypat
     more = f"{tiny}points.json {few} --data gmm --group"
     assert "SA-Solver, default" in said(capsys, points, f"{more} stochastic")
     assert "paper's loss" in said(capsys, points, f"{more} paper")
+    assert "| HOLD 3 |" in said(capsys, points, f"{more} likelihood")
     text = said(capsys, images, f"{tiny}images.json {few} --only UniPC")
     assert "| UniPC-2, best frechet |" in text
-    likely = said(capsys, likelihood, f"{tiny}likelihood.json --n 9 --steps 2 --seeds 1")
-    assert "| HOLD 3 |" in likely
-    guided = said(capsys, guidance, f"{tiny}guidance.json --n 20 --nfe 2 --guidance 0 1 2")
-    assert "| guidance |" in guided
+    assert "| guidance |" in said(capsys, images, f"{tiny}images.json {few} --group guidance")
     line = f"--results results/conditions.json --ckpt {run} --n 2 --nfe 2 --seeds 1 --strip s.png"
     assert "| 2x2 means, HOLD 3, even |" in said(capsys, conditions, line)
     line = "--results results/speed.json --data spiral --models agm --repeats 1 --rounds 1 --nfe 1"
-    assert "| agm sde |" in said(capsys, speed, line)
+    assert "| agm ode |" in said(capsys, speed, line)
     pytest.importorskip("matplotlib")
     assert "bench-points.png" in said(capsys, plot, "--out pictures")
 

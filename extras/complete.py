@@ -30,8 +30,6 @@ from formats.files import UserError
 from formats.pictures import read, read_mask
 from formats.png import image_grid, png
 
-SHARE = 0.5  # of the calls that follow a stroke
-
 
 @dataclass(frozen=True)
 class Options(sample.Drawing):
@@ -48,7 +46,7 @@ class Options(sample.Drawing):
     noise: float = option(0.0, "std of the noise in what is known, of 255 (not paper)", 0, 255)
     stroke: str = option(None, "picture that the samples follow")
     inject: str = option("dyn", "redraw v given the stroke, or mix it in", choices=("dyn", "init"))
-    share: float = option(SHARE, "dyn: share of the calls that follow the stroke", 0, 1)
+    share: float = option(0.6, "dyn: share of the calls that follow the stroke", 0.01, 1)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -293,10 +291,8 @@ def mask_of(args, model):
     """(H, W), 1 where it is known. UserError if that is all or nothing."""
     _, H, W = model.facts["shape"]
     mask = fitted(read_mask(args.mask), args.mask, (1, H, W), 1)[0, 0] > 127
-    if mask.all():
-        raise UserError(f"--mask {args.mask}: all pixels are known, that is white")
-    if not mask.any():
-        raise UserError(f"--mask {args.mask}: no pixel is known, that is white")
+    if mask.all() or not mask.any():
+        raise UserError(f"--mask {args.mask}: {int(mask.sum())} of {mask.numel()} pixels are known")
     return mask
 
 
@@ -308,16 +304,17 @@ def fitted(array, path, shape, shrink):
         try:
             from PIL import Image, ImageOps
         except ImportError:
-            text = f"pip install pillow, or give pictures of {H} x {W} pixels"
-            raise UserError(f"{path} has {array.shape[0]} x {array.shape[1]}: {text}") from None
+            fix = f"give {H} x {W} pixels, or pip install pillow"
+            raise UserError(f"{path} has {array.shape[:2]}: {fix}") from None
         image = Image.fromarray(array.squeeze())
         array = np.asarray(ImageOps.fit(image, (W, H), Image.Resampling.LANCZOS))
-    x = torch.from_numpy(array.astype(np.float32)).reshape(1, *array.shape[:2], -1).movedim(3, 1)
-    if x.shape[1] not in (1, 3):
-        raise UserError(f"{path} has {x.shape[1]} channels: give 1 or 3")
+    x = torch.from_numpy(array.astype(np.float32))
+    x = x.reshape(1, *array.shape[:2], -1).movedim(3, 1)
     if C == 1 and x.shape[1] == 3:
-        weights = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
-        x = (weights * x).sum(1, keepdim=True).round()
+        grey = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
+        x = (grey * x).sum(1, keepdim=True).round()
+    if x.shape[1] not in (1, C):
+        raise UserError(f"{path} has {x.shape[1]} channels: give {C}")
     return interpolate(x.expand(1, C, -1, -1), (H, W))
 
 

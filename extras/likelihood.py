@@ -60,49 +60,55 @@ def log_likelihood_bound(method, process, predict, x, steps=96, exact=None):
         probes = torch.eye(d).to(x).reshape(d, 1, *x.shape[1:])
     else:
         probes = 2 * torch.randint_like(x, 2)[None] - 1
-    ts, L, kappa = path_of(method, process, steps, d)
     eps = torch.randn(len(x), process.n * x.shape[1], *x.shape[2:]).to(x)
+    ts, L, kappa = path_of(method, process, steps, method.clock_rate(process, eps))
 
     # from the data to z, and what x_hat misses of x there
     z = method.mix(kappa[0], x) + eps
     missed = x - predict(method.mix(L[0], z), ts[0]).detach()
-    snr = float(process.snr(ts[0]))
 
     # along the flow to the prior; a step is three times, and s runs over it from 0 to 1
     rate = partial(flow_rate, method, predict, probes)
     log_p = torch.zeros(len(x)).to(x)
     for i in range(0, 2 * steps, 2):
         start, middle, end = zip(ts[i : i + 3], L[i : i + 3], strict=True)
-        k0, k1, k2 = kappa[i : i + 3]
-        slope_0 = -3 * k0 + 4 * k1 - k2  # dkappa/ds of the parabola through them, at s = 0
-        slope_1 = k2 - k0  # at s = 1/2
-        slope_2 = k0 - 4 * k1 + 3 * k2  # at s = 1
-        dz_1, trace_1 = rate(z, *start, slope_0)
-        dz_2, trace_2 = rate(z + dz_1 / 2, *middle, slope_1)
-        dz_3, trace_3 = rate(z + dz_2 / 2, *middle, slope_1)
-        dz_4, trace_4 = rate(z + dz_3, *end, slope_2)
+        slopes = slopes_of(*kappa[i : i + 3])
+        dz_1, trace_1 = rate(z, *start, slopes[0])
+        dz_2, trace_2 = rate(z + dz_1 / 2, *middle, slopes[1])
+        dz_3, trace_3 = rate(z + dz_2 / 2, *middle, slopes[1])
+        dz_4, trace_4 = rate(z + dz_3, *end, slopes[2])
         z = z + (dz_1 + 2 * dz_2 + 2 * dz_3 + dz_4) / 6
         log_p = log_p + (trace_1 + 2 * trace_2 + 2 * trace_3 + trace_4) / 6
 
-    # the prior's density; (2 pi)^(-n d/2) is left out, as it is of q(z | x)
-    w = torch.linalg.solve_triangular(torch.linalg.cholesky(process.prior_cov), L[-1], upper=False)
-    log_p = log_p + d * float(w.diagonal().log().sum()) - half_square(method.mix(w, z))
+    # the prior's density, in units in which it is N(0, I). (2 pi)^(-n d/2) is left out, as in log_q
+    prior_L = torch.linalg.cholesky(process.prior_cov)
+    whiten = torch.linalg.solve_triangular(prior_L, L[-1], upper=False)
+    log_p = log_p + d * float(whiten.diagonal().log().sum())
+    log_p = log_p - half_square(method.mix(whiten, z))
+
+    snr = float(process.snr(ts[0]))
     log_x = d / 2 * math.log(snr / (2 * math.pi)) - snr * half_square(missed)
     log_q = -half_square(eps)
     return log_p + log_x - log_q
 
 
-def path_of(method, process, steps, d):
+def path_of(method, process, steps, R):
     """2 steps + 1 times from the data to the prior, even in lambda, and L and kappa (..., n, 1)
     there. The first has SNR 4e4, if the process comes so near."""
-    R = process.sigma_data * math.sqrt(2 * d)
     low = method.clock(process, process.first, R)
-    high = min(math.log1p(200 * R), method.clock(process, process.last, R))
+    high = method.clock(process, process.last, R)
+    high = min(high, math.log1p(200 * R))
     even = torch.linspace(high, low, 2 * steps + 1, dtype=torch.float64)
     ts = process.time_of_snr((even.expm1() / R) ** 2)
     L = process.cholesky(ts)
-    kappa = torch.linalg.solve_triangular(L, process.mean(ts)[..., None], upper=False)
+    mean = process.mean(ts)[..., None]
+    kappa = torch.linalg.solve_triangular(L, mean, upper=False)
     return ts.tolist(), L, kappa
+
+
+def slopes_of(k0, k1, k2):
+    """dkappa/ds at s = 0, 1/2 and 1, of the parabola through kappa at these."""
+    return -3 * k0 + 4 * k1 - k2, k2 - k0, k0 - 4 * k1 + 3 * k2
 
 
 def flow_rate(method, predict, probes, z, t, L, slope):
@@ -114,7 +120,7 @@ def flow_rate(method, predict, probes, z, t, L, slope):
         for v in probes:
             (grad,) = torch.autograd.grad((x_hat * v).sum(), z, retain_graph=True)
             trace = trace + (v * method.mix(slope.mT, grad)).flatten(1).sum(1)
-    return method.mix(slope, x_hat.detach()), trace.detach()
+    return method.mix(slope, x_hat.detach()), trace
 
 
 def half_square(v):
@@ -122,29 +128,30 @@ def half_square(v):
     return v.flatten(1).square().sum(1) / 2
 
 
-def held_out_nll(method, process, predict, dataset, facts, n=None, batch=256, steps=96):
+def held_out_nll(model, predict, dataset, n, batch=256, steps=96):
     """A bound on -log p of the first n held-out samples (n,), float64, and its unit.
 
     Images: bits per dimension of the 8-bit values, made continuous by uniform noise of one grey
-    level, which makes the mean again a bound. Else nats in the units of the file. facts: those of
-    the run, whose units may be others than those of the dataset.
+    level, which makes the mean again a bound. Else nats in the units of the file. model: brings
+    method, process and facts; the units of its facts may be others than those of the dataset.
     """
-    shape = list(dataset.shape)
-    d = math.prod(shape)
-    n = min(n or len(dataset.test), len(dataset.test))
-    if n < 2 or dataset.kind != facts["kind"] or shape != facts["shape"]:
-        raise UserError(
-            f"want at least 2 held-out samples of {facts['kind']} {facts['shape']}: "
-            f"{dataset.name} has {n} of {dataset.kind} {shape}"
-        )
+    facts = model.facts
+    wanted = f"{facts['kind']} {facts['shape']}"
+    found = f"{dataset.kind} {list(dataset.shape)}"
+    if n < 2 or found != wanted:
+        text = f"want at least 2 held-out samples of {wanted}"
+        raise UserError(f"{text}: {dataset.name} has {n} of {found}")
+
     bounds = []
     for rows in torch.arange(n).split(batch):
         x = in_units_of(facts, dataset, rows)
         if dataset.is_image:
             x = x + (torch.rand_like(x) - 0.5) / 127.5
-        bound = log_likelihood_bound(method, process, predict, x.float(), steps)
+        bound = log_likelihood_bound(model.method, model.process, predict, x.float(), steps)
         bounds.append(bound.double())
     log_p = torch.cat(bounds)
+
+    d = math.prod(dataset.shape)
     if dataset.is_image:
         return math.log2(127.5) - log_p / (d * math.log(2)), "bits/dim"
     return d * math.log(facts["scale"]) - log_p, "nats/point"
@@ -163,10 +170,10 @@ def measure(args):
     model = sample.load(args.ckpt, args.method, args.order, args.raw, args.device)
     config = model.config
     folder = args.data_dir
-    if folder is None and args.data is None:
+    if args.data is None and folder is None:
         folder = config.data_dir
     dataset = data.load(args.data or config.data, folder or None, config.flip, config.size)
-    n = min(args.n or len(dataset.test), len(dataset.test))
+    n = min(args.n or 10**9, len(dataset.test))
     began = time.perf_counter()
     calls = 0
 
@@ -174,21 +181,16 @@ def measure(args):
         nonlocal calls
         calls += len(m)
         sample.say_progress(calls / (n * (4 * args.steps + 1)), began)
-        m = m.to(model.device)
-        return model.method.denoise(model.process, model.net, m, t).to("cpu")
+        x_hat = model.method.denoise(model.process, model.net, m.to(model.device), t)
+        return x_hat.to(m.device)
 
     torch.manual_seed(args.seed)
-    values, unit = held_out_nll(
-        model.method, model.process, predict, dataset, model.facts, n, args.batch, args.steps
-    )
+    values, unit = held_out_nll(model, predict, dataset, n, args.batch, args.steps)
     mean = float(values.mean())
-    error = float(values.std()) / len(values) ** 0.5
+    error = float(values.std()) / math.sqrt(n)
     minutes = (time.perf_counter() - began) / 60
     print(f"negative log-likelihood <= {mean:.4f} +- {error:.4f} {unit}")
-    print(
-        f"(standard error over {len(values)} held-out samples of {dataset.name}), "
-        f"{minutes:.1f} minutes on {model.device}"
-    )
+    print(f"(standard error over {n} held-out samples of {dataset.name}), {minutes:.1f} minutes")
     if unit == "bits/dim" and mean > 8:
         cause = "the network does not know these data"
         if args.steps < 96:

@@ -241,6 +241,10 @@ FACTS = dict(kind="image", shape=[1, 5, 5], shift=0.0, scale=1.0)
 DENOISE = partial(agm_ref.denoise, AGM(), zero)
 
 
+def measured_by(facts):
+    return SimpleNamespace(method=agm_ref, process=AGM(), facts=facts)
+
+
 def test_points_are_measured_in_the_units_of_their_file():
     torch.manual_seed(0)
     mean = torch.tensor([30.0, -7.0])
@@ -249,7 +253,7 @@ def test_points_are_measured_in_the_units_of_their_file():
     stored = ((raw - shift) / 3).float()
     dataset = Dataset("set", "points", stored, stored, shift=shift, scale=3.0)
     facts = dict(kind="points", shape=[2], shift=[30.0, -7.0], scale=8.0)
-    nll, unit = held_out_nll(agm_ref, AGM(), DENOISE, dataset, facts, n=40, batch=16)
+    nll, unit = held_out_nll(measured_by(facts), DENOISE, dataset, n=40, batch=16)
     truth = -Normal(mean, 4.0).log_prob(raw).sum(1)[:40]  # 4 = 8 sigma_data
     assert unit == "nats/point"
     assert (nll - truth).abs().max() < 0.02
@@ -259,7 +263,7 @@ def test_images_are_measured_in_bits_of_their_8_bit_values():
     pixels = torch.randint(0, 256, (6, 1, 5, 5), dtype=torch.uint8)
     dataset = Dataset("set", "image", pixels, pixels)
     torch.manual_seed(1)
-    nll, unit = held_out_nll(agm_ref, AGM(), DENOISE, dataset, FACTS)
+    nll, unit = held_out_nll(measured_by(FACTS), DENOISE, dataset, n=6)
     torch.manual_seed(1)
     values = pixels + torch.rand(pixels.shape, dtype=F64) - 0.5
     truth = -Normal(127.5, 127.5 * 0.5).log_prob(values).mean((1, 2, 3)) / math.log(2)
@@ -271,7 +275,7 @@ def test_data_of_another_kind_are_refused():
     pixels = torch.zeros(6, 1, 4, 4, dtype=torch.uint8)
     dataset = Dataset("set", "image", pixels, pixels)
     with pytest.raises(UserError, match="set has 6 of image"):
-        held_out_nll(agm_ref, AGM(), DENOISE, dataset, FACTS)
+        held_out_nll(measured_by(FACTS), DENOISE, dataset, n=6)
 
 
 def test_the_command_says_what_is_worse_than_noise_and_why(capsys):
@@ -535,8 +539,8 @@ MISTAKES = [
     ("--inpaint grey.npy --mask half.npy --shrink 2", "give --mask FILE or --shrink K"),
     ("--inpaint grey.npy --shrink 3", "--shrink must divide the sides of the pictures, [8, 8]"),
     ("--inpaint nowhere.npy --shrink 2", "cannot read nowhere.npy"),
-    ("--inpaint grey.npy --mask none.npy", "no pixel is known"),
-    ("--inpaint grey.npy --mask all.npy", "all pixels are known"),
+    ("--inpaint grey.npy --mask none.npy", "0 of 64 pixels are known"),
+    ("--inpaint grey.npy --mask all.npy", "64 of 64 pixels are known"),
     ("--held-out 359 --shrink 2", "--held-out must be below 359"),
     (
         "--inpaint grey.npy --shrink 2 --method hold --sampler strang",
@@ -599,5 +603,5 @@ def test_the_alpha_of_a_mask_is_the_mask(run):
 
 def test_another_size_wants_pillow(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    with pytest.raises(UserError, match="pip install pillow, or give pictures of 8 x 8 pixels"):
+    with pytest.raises(UserError, match="give 8 x 8 pixels, or pip install pillow"):
         complete.fitted(np.zeros((9, 9), np.uint8), "a.npy", (1, 8, 8), 1)

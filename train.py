@@ -187,18 +187,16 @@ def pick_device(name):
 # What a run is built of
 
 
-def noise_levels(kind):
-    """Mean and standard deviation of ln sigma at which a denoiser is trained."""
-    return POINTS_NOISE if kind == "points" else (-1.2, 1.2)
-
-
-POINTS_NOISE = (-1.8, 1.2)  # fine structure of points shows at low noise only; bench/README.md
+# Mean and standard deviation of ln sigma at which a denoiser is trained: EDM's for images, lower for
+# points, whose fine structure shows at low noise only (measured in bench/README.md).
+IMAGES_NOISE = (-1.2, 1.2)
+POINTS_NOISE = (-1.8, 1.6)
 
 
 def build(config, facts):
     """A config and the facts of its data -> the method's page, the process, the net."""
     page, Process = METHODS[config.method]
-    noise_mean, noise_std = facts.get("noise", (-1.2, 1.2))
+    noise_mean, noise_std = facts.get("noise", IMAGES_NOISE)  # of layout 1 all
     options = dict(
         target=config.target,
         sigma_data=min(max(facts["std"], 0.1), 5.0),  # nearly black pictures have less
@@ -213,20 +211,20 @@ def build(config, facts):
     # what the net sees, and when: a denoiser y at the time sigma/(1 + sigma), another the state
     C, *size = facts["shape"]
     sees = C
-    times = dict(T=1.0, t_data=0.0)
+    embedding = dict(T=1.0, t_data=0.0)
     if config.target != "data":
         sees = process.n * C
-        times = dict(T=max(process.first, process.last), t_data=process.data_time)
+        embedding = dict(T=max(process.first, process.last), t_data=process.data_time)
     classes = facts["labels"] if config.classes else 0
 
     # a network of your own goes here: net(m, t, label=None) -> (B, C, ...), see nets.py
     if size:
         shape = dict(mult=config.mult, blocks=config.blocks, attention=config.attention)
         net = nets.UNet(
-            sees, C, config.width, dropout=config.dropout, classes=classes, **shape, **times
+            sees, C, config.width, dropout=config.dropout, classes=classes, **shape, **embedding
         )
     else:
-        net = nets.MLP(sees, C, config.width, config.blocks, classes=classes, **times)
+        net = nets.MLP(sees, C, config.width, config.blocks, classes=classes, **embedding)
     return page, process, net
 
 
@@ -238,7 +236,7 @@ def load_data(config, ckpt):
         anew = "name the data anew by --data: " if ckpt else ""
         raise UserError(f"{anew}{error}") from None
     facts = dataset.summary()
-    facts["noise"] = noise_levels(facts["kind"])
+    facts["noise"] = POINTS_NOISE if facts["kind"] == "points" else IMAGES_NOISE
     if config.classes and not facts["labels"]:
         reason = dataset.no_labels or "it is without"
         raise UserError(f"{config.data} has no labels for --classes to learn: {reason}")
@@ -593,8 +591,10 @@ def announce(log, config, facts, process, net, dataset, start):
         log.say("it learns to remove noise: sample.py draws from it by any method and order")
     log.say(f"{config.data}: {data.describe(dataset)}")
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    until = f"{config.minutes:g} minutes" if config.minutes else f"update {config.steps}"
-    log.say(f"{type(net).__name__} of {size:.2f}M parameters, from update {start}, for {until}")
+    until = f"to {config.steps}"
+    if config.minutes:
+        until = f"for {config.minutes:g} minutes"
+    log.say(f"{type(net).__name__} of {size:.2f}M parameters, from update {start} {until}")
     names = [f"{i} {name}" for i, name in enumerate(facts["names"])]
     if config.classes:
         log.say("classes: " + ", ".join(names))

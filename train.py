@@ -187,8 +187,8 @@ def pick_device(name):
 # What a run is built of
 
 
-# Mean and standard deviation of ln sigma at which a denoiser is trained: EDM's for images, lower for
-# points, whose fine structure shows at low noise only (measured in bench/README.md).
+# Mean and standard deviation of ln sigma at which a denoiser is trained: EDM's for images, lower
+# ones for points, whose fine structure shows at low noise only (measured in bench/README.md).
 IMAGES_NOISE = (-1.2, 1.2)
 POINTS_NOISE = (-1.8, 1.6)
 

@@ -878,6 +878,13 @@ def test_ode_asks_at_the_times_that_are_given(process):
 
 
 @each(AGM(), HOLD())
+def test_the_mean_of_the_docstring_is_that_of_the_process(process):
+    t, mu = re.search(r"t = (\S+), mu = \((.*?)\)", page_of(process).__doc__).groups()
+    numbers = [float(number) for number in mu.split(",")]
+    assert difference(numbers, process.mean(float(t))) < 6e-4  # half of the last digit
+
+
+@each(AGM(), HOLD())
 def test_the_five_calls_of_the_docstring_are_those_of_ode(process):
     table = page_of(process).__doc__.split("`ode` visits\n\n")[1]
     rows = {}
@@ -1065,13 +1072,6 @@ def test_free_noise_of_agm_has_the_covariance_of_the_integral(t, h):
     qq = tau**2 * h**3 / 3 - tau * h**4 / 6 + h**5 / 30
     L = agm_ref.free_noise(process, t, h)
     assert relative_difference(L @ L.T / 4, [[qq, qv], [qv, vv]]) < 1e-7  # vv cancels at t + h = 1
-
-
-def test_free_motion_of_agm_goes_straight():
-    m = normal(0, 5, 6)
-    q, v = m.chunk(2, 1)
-    moved = agm_ref.free_motion(AGM(), m, 0.3, 0.1, torch.zeros_like)
-    assert difference(moved, torch.cat([q + 0.1 * v, v], 1)) < 1e-15
 
 
 def test_splitting_moves_freely_between_its_kicks():

@@ -440,13 +440,6 @@ def test_bfloat16_changes_little(runs):
     assert 0 < off.mean() < 3
 
 
-def test_no_compiler_is_one_line(runs, monkeypatch):
-    compile = torch.compile
-    broken = Mock(side_effect=RuntimeError("no C++"))
-    monkeypatch.setattr(torch, "compile", lambda net: compile(net, backend=broken))
-    assert "leave out --compile" in refused("--ckpt", runs / "points", "--compile", "--out", "here")
-
-
 # -------------------------------------------------------------------------------------------------
 # Signals, terminals, disks
 

@@ -16,7 +16,6 @@ import math
 import os
 import signal
 import tempfile
-import warnings
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -38,7 +37,7 @@ MODES = {  # options of train.py; whether TF32 may be used; the memory format of
     "bf16, not channels_last": (["--amp", "bf16"], True, torch.contiguous_format),
     "bf16, compiled": (["--amp", "bf16", "--compile"], True, torch.channels_last),
 }
-COLUMNS = ("images/s", "peak, GiB", "waits a step")
+COLUMNS = ("images/s", "peak, GiB")
 
 
 def precision(tf32):
@@ -115,7 +114,7 @@ def resumed(device, options):
 
 def training(name, device, mode, options, most, limit):
     """COLUMNS of a training with train.py's preset; `most` steps are timed, or as many as begin
-    within `limit` seconds. A wait is a transfer for which the CPU waits."""
+    within `limit` seconds."""
     more, tf32, memory_format = MODES[mode]
     warm = 4
     cuda = torch.device(device).type == "cuda"
@@ -126,8 +125,6 @@ def training(name, device, mode, options, most, limit):
         nonlocal done, began
         if done == 0:
             precision(tf32)  # after train.py's own choice
-        if cuda:
-            torch.cuda.set_sync_debug_mode("warn" if done == 2 else "default")
         if done == warm:
             began = now()
         if done > warm and (done == warm + most or now() - began > limit):
@@ -141,14 +138,12 @@ def training(name, device, mode, options, most, limit):
     with tempfile.TemporaryDirectory() as folder:
         config = train.replace(config, out=f"{folder}/run")
         layout = mock.patch.object(torch, "channels_last", memory_format)
-        waits = warnings.catch_warnings(record=True, action="always")
-        with layout, waits as heard, watched(at_batch):
+        with layout, watched(at_batch):
             train.train(config)
     timed = done - warm
     speed = config.batch * timed / (now() - began)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
-    waits = sum("synchronizing" in str(warning.message) for warning in heard)
-    return [speed, peak, waits]
+    return [speed, peak]
 
 
 def measure(argv):

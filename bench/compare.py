@@ -219,11 +219,7 @@ GROUPS = {"few": few_calls, "stochastic": stochastic}
 
 def chosen(group, only):
     """The contenders of a group that have a part of `only` in their name."""
-    found = []
-    for contender in GROUPS[group]():
-        if any(part in contender.name for part in only):
-            found.append(contender)
-    return found
+    return [c for c in GROUPS[group]() if any(part in c.name for part in only)]
 
 
 def trained(folder, *options):

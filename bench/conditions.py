@@ -80,10 +80,9 @@ def scores(x, originals, classes, dataset, unknown):
     """The numbers of completions x (N, C, H, W) in network units."""
     everything = (dataset.train[:].float() / 127.5 - 1).flatten(1)
     index = torch.cdist(x.flatten(1), everything).argmin(1)
-    numbers = {"rms": float((x - originals).square().mean() / unknown) ** 0.5}
-    if classes is not None:
-        numbers["right"] = float((dataset.train_labels[index] == classes).double().mean())
-    return numbers
+    is_right = dataset.train_labels[index] == classes
+    rms = float((x - originals).square().mean() / unknown) ** 0.5
+    return {"rms": rms, "right": float(is_right.double().mean())}
 
 
 def strip(model, originals, rules, path):
@@ -114,8 +113,8 @@ def measure(argv):
         models[title].bend = compare.load(args.ckpt).bend
     config = models["AGM"].config
     dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
-    if not dataset.is_image:
-        raise UserError(f"{args.ckpt} is no run on 8-bit images: name another")
+    if not dataset.is_image or dataset.train_labels is None:
+        raise UserError(f"{args.ckpt} is no run on 8-bit images with classes: name another")
     originals, classes = dataset.held_out(slice(args.n))
     name = Path(config.data).stem
     fixed = {f"{key} of {name}": vars(args)[key] for key in ("n", "nfe")}

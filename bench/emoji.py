@@ -66,15 +66,15 @@ def code_points(font):
     return codes
 
 
-def extract(folder, path=FONT):
+def extract(folder):
     """The font's pictures as PNGs."""
     try:
         from fontTools.ttLib import TTFont
     except ImportError:
         raise UserError("pip install fonttools to read the font") from None
-    if not Path(path).exists():
-        raise UserError(f"no {path}: apt-get install fonts-noto-color-emoji, or name the font")
-    font = TTFont(path)
+    if not Path(FONT).exists():
+        raise UserError(f"no {FONT}: apt-get install fonts-noto-color-emoji")
+    font = TTFont(FONT)
     codes = code_points(font)
     written = 0
     for name, glyph in font["CBDT"].strikeData[0].items():
@@ -105,14 +105,14 @@ def show(run, picture):
 def main(argv=None):
     p = compare.parser(__doc__)
     p.add_argument("source", help="new folder for the pictures, or a run with samples")
-    p.add_argument("target", nargs="?", help="the font; of a run: the PNG to write")
+    p.add_argument("picture", nargs="?", default="emoji.png", help="of a run: the PNG to write")
 
     def work():
         args = p.parse_args(argv)
         if Path(args.source, "ckpt.pt").exists():
-            show(args.source, args.target or "emoji.png")
+            show(args.source, args.picture)
         else:
-            extract(args.source, args.target or FONT)
+            extract(args.source)
 
     train.run(work)
 

@@ -198,8 +198,8 @@ class Process:
         return self.snr(t).log().numpy(), t.numpy()
 
     def time_of_snr(self, snr):
-        """Time (...) from `first` to `last` at which the SNR is snr (...), or nearest to it; between
-        the knots it is interpolated, to 1e-4 for an SNR of .01 to 1e5."""
+        """Time (...) from `first` to `last` at which the SNR is snr (...), or nearest to it.
+        Between the knots it is interpolated, to 1e-4 for an SNR of .01 to 1e5."""
         log_snr, t = self.knots
         wanted = torch.as_tensor(snr, **F64).log().numpy()
         return torch.as_tensor(np.interp(wanted, log_snr, t), **F64)

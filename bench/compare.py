@@ -289,7 +289,7 @@ def converged(model, flow, n, seed, calls):
 @dataclass(frozen=True)
 class Comparison:
     """How contenders are measured: measure(x) gives the numbers of samples; a peer's best grid has
-    the least of goals(numbers), {name: number}, with `search` samples of the first seed."""
+    the least of each of goals(numbers), {name: number}, with `search` samples of the first seed."""
 
     results: Results
     measure: Callable

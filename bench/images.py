@@ -1,4 +1,4 @@
-"""Fréchet distance, contrast and distance to the flow on small images, ours beside the peers.
+"""Fréchet distance and distance to the flow on small images, ours beside the peers.
 
     python bench/images.py                                    digits: 25 minutes of one core, and
                                                               5 for the training of two networks
@@ -14,7 +14,6 @@ updates of 64.
 
 frechet   distance of the samples to the data: digits on their 64 raw pixels, to all 1,797; else in
           the features of a small classifier that is trained on the labels, to the training images
-contrast  standard deviation of all pixels; the data's stands in the row "data"
 distance  root mean square distance per pixel of the first 500 samples to where the network's own
           flow, followed with --flow-calls calls, takes the same noise: the sampler's error alone
 right     with guidance in columns: share of the samples of AGM's `ode`, as many of each class,
@@ -52,26 +51,20 @@ def units(images):
     return images / 127.5 - 1
 
 
-def goals(numbers):
-    """What a peer's best grid is best in."""
-    return {key: numbers[key] for key in ("frechet", "distance") if key in numbers}
-
-
-def of_digits(args):
+def of_digits():
     """How samples are measured, and the numbers of five halves of the digits against the rest."""
     digits = data.load("digits")
     everything = units(torch.cat([digits.train, digits.test])).flatten(1)
     known = moments([everything])
 
     def measure(x):
-        x = x.flatten(1)
-        return {"frechet": frechet(moments([x]), known), "contrast": float(x.std())}
+        return {"frechet": frechet(moments([x.flatten(1)]), known)}
 
     def held_out(seed):
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
         half, rest = everything[order].split(len(order) // 2 + 1)
         distance = frechet(moments([half]), moments([rest]))  # twice that of twice as many
-        return {"frechet": distance / 2, "contrast": float(half.std())}
+        return {"frechet": distance / 2}
 
     return measure, held_out
 
@@ -86,7 +79,7 @@ def of_classifier(args):
     known = moments(features(units(part)) for part in dataset.train.split(1000))
 
     def measure(x):
-        return {"frechet": frechet(moments([features(x)]), known), "contrast": float(x.std())}
+        return {"frechet": frechet(moments([features(x)]), known)}
 
     def held_out(seed):
         order = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(seed))
@@ -125,10 +118,12 @@ def score(argv):
     settings = {"n": args.n, "search": args.search, "flow_calls": args.flow_calls}
     fixed = {f"{key} of {name}": value for key, value in settings.items()}
     results = compare.Results(compare.file_of(args), fixed)
-    options = "--data digits"
-    measure, held_out = (of_digits if name == "digits" else of_classifier)(args)
-    if name != "digits":
+    if name == "digits":
+        options = "--data digits"
+        measure, held_out = of_digits()
+    else:
         options = f"--data {args.runs}/{name}.npz {PRESET}"
+        measure, held_out = of_classifier(args)
     if args.group == "guidance":
         path = compare.trained(Path(args.runs, "classes"), "--classes", *args.train.split())
         rows = {}
@@ -143,11 +138,11 @@ def score(argv):
         results.of(compare.key_of(name, "data", "", 0), seed, partial(held_out, seed))
     paths = []
     for seed in range(args.seeds):
-        more = ["--seed", str(seed), *args.train.split()]
+        more = f"{options} --seed {seed} {args.train}"
         folder = Path(args.runs, f"{name}-{seed}")
-        paths.append(compare.trained(folder, *options.split(), *more))
+        paths.append(compare.trained(folder, *more.split()))
     comparison = compare.Comparison(
-        results, measure, goals, args.n, args.search, 500, args.flow_calls
+        results, measure, dict, args.n, args.search, 500, args.flow_calls
     )
     comparison.run(name, paths, compare.chosen(args.group, args.only), args.nfe)
 

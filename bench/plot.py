@@ -28,7 +28,6 @@ def figure(width, height):
     except ImportError:
         raise UserError("figures are drawn with matplotlib: pip install matplotlib") from None
     rcParams["font.size"] = 8
-    rcParams["legend.fontsize"] = 7
     return Figure((width, height), dpi=100, layout="constrained")
 
 
@@ -95,44 +94,45 @@ def panel(ax, name, title, quantity, xlabel="network calls", log=True, by_name=F
 
 def page(panels, columns, **more):
     """A figure of panels (results, set, quantity) with one legend, or None without results."""
-    panels = [each for each in panels if curves(*each)]
+    panels = [parts for parts in panels if curves(*parts)]
     if not panels:
         return None
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     fig = figure(11, 1 + 2.4 * rows)
     labels = {}
-    for ax, each in zip(fig.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
-        panel(ax, *each, **more)
+    axes = fig.subplots(rows, columns, squeeze=False).flat
+    for ax, (results, of, quantity) in zip(axes, panels, strict=False):
+        panel(ax, results, of, quantity, **more)
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             labels.setdefault(label, handle)
     fig.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=5)
     return fig
 
 
+def each(results, sets, quantities):
+    """The panels of all sets and quantities."""
+    return [(results, of, quantity) for quantity in quantities for of in sets]
+
+
 def pages():
     """{name of the picture: figure}."""
-    sets = ("spiral", "moons", "checkerboard", "gmm")
-    points = [("points", of, "distance") for of in sets]
-    points += [("points", of, "sharpness") for of in sets]
-    digits = [("images", "digits", quantity) for quantity in ("distance", "frechet")]
-    images = []
-    rest = []
-    for of in ("fashion", "cifar10"):
-        images += [("images", of, "distance"), ("images", of, "frechet")]
-    for of in ("digits", "emoji"):
-        rest += [("conditions", f"{of}, {known}", "rms") for known in ("left half", "2x2 means")]
+    points = each("points", ("spiral", "moons", "checkerboard", "gmm"), ("distance", "sharpness"))
+    images = each("images", ("fashion", "cifar10"), ("distance", "frechet"))
     noisy = [("stochastic", "spiral", "sharpness"), ("stochastic", "digits", "frechet")]
-    guided = [("guidance", "digits", quantity) for quantity in ("right", "frechet")]
+    known = [f"{of}, {part}" for of in ("digits", "emoji") for part in ("left half", "2x2 means")]
+    likely = each("likelihood", ["gmm"], ["nats"])
+    guided = each("guidance", ["digits"], ("right", "frechet"))
+    names = {"xlabel": "rule", "log": False, "by_name": True}
     return {
         "points": page(points, 4),
-        "few-digits": page(digits, 2),
+        "few-digits": page(each("images", ["digits"], ("distance", "frechet")), 2),
         "few-images": page(images, 4),
         "stochastic": page(noisy, 2),
-        "completing": page(rest, 4, xlabel="rule", log=False, by_name=True),
-        "likelihood": page([("likelihood", "gmm", "nats")], 2, xlabel="steps of Runge-Kutta"),
+        "completing": page(each("conditions", known, ["rms"]), 4, **names),
+        "likelihood": page(likely, 2, xlabel="steps of Runge-Kutta"),
         "guidance": page(guided, 2, xlabel="guidance", log=False),
-        "paper": page([("paper", "spiral", "sharpness"), ("paper", "spiral", "w2")], 2),
+        "paper": page(each("paper", ["spiral"], ("sharpness", "w2")), 2),
     }
 
 

@@ -95,8 +95,8 @@ def networks(args, name, more=""):
     paths = []
     for seed in range(args.seeds):
         folder = Path(args.runs, "-".join([name, *more.replace("--", "").split(), str(seed)]))
-        options = ["--data", name, "--seed", str(seed), *more.split(), *args.train.split()]
-        paths.append(compare.trained(folder, *options))
+        options = f"--data {name} --seed {seed} {more} {args.train}"
+        paths.append(compare.trained(folder, *options.split()))
     return paths
 
 

@@ -19,14 +19,15 @@ from decimal import Decimal, localcontext
 from functools import lru_cache, partial
 from itertools import pairwise
 
-import agm_ref
-import hold_ref
 import numpy as np
 import pytest
 import torch
+from torch.distributions import MultivariateNormal
+
+import agm_ref
+import hold_ref
 from agm_ref import AGM
 from hold_ref import HOLD
-from torch.distributions import MultivariateNormal
 
 F64 = torch.float64
 AGM_ODE = AGM(target="ode")

@@ -76,7 +76,7 @@ def parser(defaults, doc):
             how["action"] = argparse.BooleanOptionalAction
         else:
             how["type"] = about["kind"]
-            how["metavar"] = "|".join(about["choices"]) or None
+            how["metavar"] = "|".join(about["choices"]) or flag(f.name)[2:].upper()
         if isinstance(value, tuple):
             how["nargs"] = "*"
         p.add_argument(flag(f.name), **how)

@@ -29,7 +29,7 @@ import torch
 import data
 import train
 from extras import clock
-from formats.command import Options, flag, option, parser, run
+from formats.command import Options, Stopping, flag, option, parser, run
 from formats.files import UserError, why, write_files
 from formats.png import apng, png, write_png
 
@@ -352,7 +352,7 @@ def draw_and_save(model, args, n, classes, pictures, note="", pngs=(), **how):
     out = Path(args.out or model.path.parent)
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with train.Stopping() as stopping:
+    with Stopping() as stopping:
         array, labels = collect(model, args, n, stopping, classes=classes or None, **how)
         seconds = (time.perf_counter() - began) / len(array)
 

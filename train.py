@@ -9,9 +9,7 @@ torchrun --standalone --nproc_per_node=4 train.py   on four GPUs
 import copy
 import math
 import os
-import signal
 import sys
-import threading
 import time
 import zipfile
 from contextlib import suppress
@@ -27,7 +25,8 @@ import data
 import hold_ref
 import nets
 from extras import clock
-from formats.command import HEARD, Options, flag, option, parser, run
+from formats import command
+from formats.command import HEARD, Options, Stopping, flag, option, parser
 from formats.files import UserError, why, write_files
 from formats.png import write_png
 
@@ -50,7 +49,7 @@ class Config(Options):
     order: int = option(3, "of HOLD: 1 is OU/VP, 2 is CLD, 3 is HOLD", 1, 8)
     target: str = option(
         "data",
-        "a denoiser's; AGM's ode, sde; HOLD's noise",
+        "what the net learns: data, or a paper's: ode, sde (AGM), noise (HOLD)",
         choices=("data", "ode", "sde", "noise"),
     )
     data: str = adjustable("digits", f"{', '.join(data.NAMES)}, .npy or .npz file, folder or zip")
@@ -79,11 +78,11 @@ class Config(Options):
     )
     amp: str = adjustable("off", "bf16: autocast the net to bfloat16", choices=("off", "bf16"))
     compile: bool = adjustable(False, "compile the net: faster steps after some minutes")
-    seed: int = option(0, "of the weights, the order of the data and the noise", 0, 2**32 - 1)
+    seed: int = option(0, "of the weights, the batches and the noise", 0, 2**32 - 1)
     device: str = adjustable("auto", "cpu, cuda, mps; auto takes the first that is there")
     out: str = adjustable("", "new folder for the run; default: runs/METHOD-DATA, numbered")
     save_every: int = adjustable(
-        0, "updates between checkpoints and pictures; default: six a run", 0, 10**9
+        0, "updates between saves (not with --minutes); default: six saves", 0, 10**9
     )
     log_every: int = adjustable(50, "updates between log lines", 1, 10**9)
     resume: bool = adjustable(False, "go on with the run in --out; default: the newest in runs/")
@@ -118,6 +117,8 @@ def configure(argv):
     for key in ("data", "data_dir"):  # absolute, so that a resumed run finds them from any folder
         if args[key] and args[key] not in data.NAMES:
             args[key] = str(Path(args[key]).expanduser().resolve())
+    if args["order"] != Config.order and not has_order(METHODS[args["method"]][1]):
+        raise UserError(f"{args['method']} has no --order: leave it out, or add --method hold")
     if ckpt:
         check_changes(defaults, args)
         if given.minutes:
@@ -125,6 +126,10 @@ def configure(argv):
         elif args["steps"] != defaults.steps:
             args["minutes"] = 0.0
     return Config(**args), ckpt
+
+
+def has_order(Process):
+    return "order" in [f.name for f in fields(Process)]
 
 
 def check_changes(defaults, args):
@@ -176,6 +181,7 @@ def pick_device(name):
     try:
         if name == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if name.startswith("cuda"):
             torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
             torch.backends.cudnn.benchmark = True
         return torch.zeros(1, device=name).device
@@ -196,7 +202,7 @@ POINTS_NOISE = (-1.8, 1.6)
 def build(config, facts):
     """A config and the facts of its data -> the method's page, the process, the net."""
     page, Process = METHODS[config.method]
-    noise_mean, noise_std = facts.get("noise", IMAGES_NOISE)  # of layout 1 all
+    noise_mean, noise_std = facts.get("noise", IMAGES_NOISE)
     options = dict(
         target=config.target,
         sigma_data=min(max(facts["std"], 0.1), 5.0),  # nearly black pictures have less
@@ -204,11 +210,11 @@ def build(config, facts):
         noise_mean=noise_mean,
         noise_std=noise_std,
     )
-    if "order" in [f.name for f in fields(Process)]:
+    if has_order(Process):
         options["order"] = config.order
     process = Process(**options)
 
-    # what the net sees, and when: a denoiser y at the time sigma/(1 + sigma), another the state
+    # a denoiser sees y at the time sigma/(1 + sigma), a paper's net sees the state
     C, *size = facts["shape"]
     sees = C
     embedding = dict(T=1.0, t_data=0.0)
@@ -238,8 +244,8 @@ def load_data(config, ckpt):
     facts = dataset.summary()
     facts["noise"] = POINTS_NOISE if facts["kind"] == "points" else IMAGES_NOISE
     if config.classes and not facts["labels"]:
-        reason = dataset.no_labels or "it is without"
-        raise UserError(f"{config.data} has no labels for --classes to learn: {reason}")
+        reason = dataset.no_labels or "no class folders"
+        raise UserError(f"{config.data} has no labels ({reason}): leave out --classes")
     if ckpt:
         check_same(facts, ckpt["data"], config.data)
         facts = ckpt["data"]
@@ -270,8 +276,10 @@ def new_folder(config):
                 out.mkdir(parents=True)
                 return out
             except FileExistsError:
+                if (out / "ckpt.pt").exists() and config.out:
+                    raise UserError(f"{out} has a run: --resume, or another --out") from None
                 if config.out:
-                    raise UserError(f"{out} is taken: --resume, or choose another --out") from None
+                    raise UserError(f"{out} is not empty: choose another --out") from None
             number += 1
             out = Path(f"{base}-{number}")
     except OSError as error:
@@ -284,19 +292,19 @@ def new_folder(config):
 LAYOUT = 2  # 1: without this number, `bend` and `noise`
 
 
-def save(out, config, facts, net, average, optimizer, step, held_out, bend, minutes):
+def save(out, run, step, held_out, bend, minutes):
     """ckpt.pt, whole or not at all."""
     state = dict(
         layout=LAYOUT,
-        config=asdict(config),
-        data=facts,
-        net=net.state_dict(),
-        ema=average.state_dict(),
-        optimizer=optimizer.state_dict(),
+        config=asdict(run.config),
+        data=run.facts,
+        net=run.net.state_dict(),
+        ema=run.average.state_dict(),
+        optimizer=run.optimizer.state_dict(),
         step=step,
         held_out=held_out,
         bend=bend,  # of the learned grid, extras/clock.py
-        minutes=minutes,  # of the schedule that are over
+        minutes=minutes,  # of --minutes that have passed
     )
     write_files({out / "ckpt.pt": partial(torch.save, state)})
 
@@ -318,10 +326,10 @@ def load_checkpoint(path=None):
                 raise ValueError("it is damaged")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         check_parts(ckpt)
+        ckpt["config"] = Config(**ckpt["config"])
     except Exception as error:  # whatever zipfile and torch.load raise for a damaged file
         text = f"cannot use {path} as a checkpoint ({why(error):.150})"
         raise UserError(f"{text}: name another, or train first") from None
-    ckpt["config"] = Config(**ckpt["config"])
     return dict(bend=None, minutes=0.0) | ckpt | dict(path=path)
 
 
@@ -339,7 +347,7 @@ def check_parts(ckpt):
 
 
 def load_weights(net, weights, path):
-    """Weights of a checkpoint into a net. UserError if `build` makes another net by now."""
+    """Weights of a checkpoint into a net. UserError if `build` now makes another net."""
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
@@ -371,39 +379,12 @@ def over_all(tensor, op=distributed.ReduceOp.SUM):
 
 
 # -------------------------------------------------------------------------------------------------
-# Signals, time, log
-
-
-class Stopping:
-    """In this context a signal to stop is remembered, and the work at hand ends first. Signals that
-    were ignored before stay so; all are as before when it is left."""
-
-    def __enter__(self):
-        self.number = 0
-        self.former = {}
-        if threading.current_thread() is not threading.main_thread():
-            return self  # no other thread may set handlers
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                self.former[number] = signal.signal(number, self.remember)
-        return self
-
-    def remember(self, number, frame):
-        self.number = number
-
-    def __exit__(self, *error):
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-
-    def anywhere(self):
-        """The signal that came to any of the processes, or 0: one ends all."""
-        return int(over_all(torch.tensor(self.number), distributed.ReduceOp.MAX))
+# Time and log
 
 
 class Pace:
     """How much of a run is done: by updates, or with --minutes by the clock, whatever else the
-    machine does. minutes: of the clock's schedule that are over."""
+    machine does. minutes: how many of them have passed before."""
 
     def __init__(self, config, start, minutes):
         self.config = config
@@ -446,8 +427,8 @@ class Pace:
 
 
 class Log:
-    """Lines on the terminal and in the run's log.txt; where one of them is lost or full, the other
-    goes on. Losses are added up on the device: to read each would wait for each update."""
+    """Lines on the terminal and in the run's log.txt; if one cannot be written, the other goes on.
+    Losses are added up on the device: to read each would wait for each update."""
 
     def __init__(self, path, device):
         self.file = open(path, "a", errors="replace") if RANK == 0 else None  # noqa: SIM115
@@ -474,25 +455,36 @@ class Log:
 # Training
 
 
+@dataclass
+class Run:
+    """What is trained."""
+
+    config: Config
+    facts: dict  # of the data
+    page: object  # agm_ref or hold_ref
+    process: object  # AGM or HOLD
+    net: torch.nn.Module
+    average: torch.nn.Module  # of the weights of net; samples are drawn with it
+    optimizer: torch.optim.Optimizer
+
+
 def train(config, ckpt=None):
-    """A run, from its first or next update to its last one, or to a signal."""
+    """Trains until the last update, the last minute, or a signal."""
     device = pick_device(config.device)
     part, rest = divmod(config.batch, config.accum * WORLD)
     if rest:
         raise UserError("--batch must be a multiple of --accum times the number of processes")
     dataset, facts = load_data(config, ckpt)
-    page, process, net, average, optimizer = prepare(config, facts, ckpt, device)
-    step = start = saved = ckpt["step"] if ckpt else 0
-    bend = ckpt["bend"] if ckpt else None
-    served = torch.compile(net) if config.compile else net  # shares the weights of net
+    run = prepare(config, facts, ckpt, device)
+    step = start = ckpt["step"] if ckpt else 0
+    served = torch.compile(run.net) if config.compile else run.net  # shares the weights
     served = in_parallel(served)
     dataset = dataset.to(device)
 
     out = folder_of(config, ckpt)
     log = Log(out / "log.txt", device)
     pace = Pace(config, start, ckpt["minutes"] if ckpt else 0.0)
-    announce(log, config, facts, process, net, dataset, start)
-    trained = (config, facts, page, process, average)
+    announce(log, run, dataset, start)
     share = pace.share(step)
     halted = 0
     with Stopping() as stopping:
@@ -504,51 +496,45 @@ def train(config, ckpt=None):
             # learning rate: linear warm-up, then a cosine to zero
             warm = min(1.0, step / max(config.warmup, 1))
             cosine = (1 + math.cos(math.pi * share)) / 2
-            for group in optimizer.param_groups:
+            for group in run.optimizer.param_groups:
                 group["lr"] = config.lr * warm * cosine
 
             # gradients, in parts that fit the memory
-            optimizer.zero_grad()
+            run.optimizer.zero_grad()
             for _ in range(config.accum):
                 x, label = dataset.batch(part)
                 label = forget_some(label, facts["labels"]) if config.classes else None
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-                    loss = page.loss(process, served, x, label) / config.accum
+                    loss = run.page.loss(run.process, served, x, label) / config.accum
                 loss.backward()
                 log.loss += loss.detach()
 
             # the update
-            log.norm += torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
+            log.norm += torch.nn.utils.clip_grad_norm_(run.net.parameters(), config.clip)
             log.updates += 1
-            optimizer.step()
-            follow(average, net, min(config.ema, step / (9 + step)))
+            run.optimizer.step()
+            follow(run.average, run.net, min(config.ema, step / (9 + step)))
 
             # where the run stands
             share = pace.share(step)
-            halted = stopping.anywhere()
+            halted = int(over_all(torch.tensor(stopping.number), distributed.ReduceOp.MAX))
             saves = pace.saves(step, share) or halted
 
             # log
             if saves or step % config.log_every == 0 or step == start + 3:
-                line = report(log, config, pace, step, out)
-                if saves:
-                    held_out = held_out_loss(*trained, dataset)
-                    line += f" held-out {held_out:.5f}"
-                log.say(line)
+                speed, left = pace.look(step)
+                log.say(report(log, config, step, speed, left, out))
                 log.clear()
             if step == start + 3:
-                log.say(outlook(config, *pace.look(step)))
+                log.say(outlook(config, speed, left))
 
             # checkpoint and picture; the first picture comes early
             if saves and RANK == 0:
-                is_cheap = config.batch * (step - saved) > 10_000  # beside the updates since
-                if is_cheap or halted or share == 1:
-                    bend = learned_bend(log, *trained)
-                minutes = pace.minutes()
-                save(out, config, facts, net, average, optimizer, step, held_out, bend, minutes)
-                saved = step
-            if RANK == 0 and (saves or step == max(config.steps // 20, 1)):
-                draw_picture(*trained, out / f"step-{step:07d}.png")
+                finish(log, run, dataset, out, step, pace.minutes(), share == 1, halted)
+            elif RANK == 0 and step == max(config.steps // 20, 1):
+                draw_picture(run, out / f"step-{step:07d}.png")
+    if WORLD > 1:
+        distributed.destroy_process_group()
     if halted and share < 1:
         log.say(f"stopped at step {step}, which is saved: --resume --out '{out}' goes on")
         sys.exit(128 + halted)
@@ -558,8 +544,7 @@ def train(config, ckpt=None):
 
 
 def prepare(config, facts, ckpt, device):
-    """The network, the average of its weights, and the optimizer, new or as a checkpoint has them;
-    before them the method's page and the process."""
+    """The Run of a config, new or as a checkpoint has it."""
     torch.manual_seed(config.seed)
     page, process, net = build(config, facts)
     net = net.to(device)
@@ -572,7 +557,21 @@ def prepare(config, facts, ckpt, device):
         load_weights(net, ckpt["net"], ckpt["path"])
         load_weights(average, ckpt["ema"], ckpt["path"])
         optimizer.load_state_dict(ckpt["optimizer"])
-    return page, process, net, average, optimizer
+    return Run(config, facts, page, process, net, average, optimizer)
+
+
+def finish(log, run, dataset, out, step, minutes, is_last, halted):
+    """Saves the run, with its held-out loss and the learned grid, and draws a picture; if it has to
+    stop it is only saved."""
+    if halted and not is_last:
+        return save(out, run, step, None, None, minutes)
+    held_out = held_out_loss(run, dataset)
+    log.say(f"step {step} held-out {held_out:.5f}")
+    bend = None
+    if is_last or step * run.config.batch > 10_000:  # else the grid costs more than it is worth
+        bend = learned_bend(log, run)
+    save(out, run, step, held_out, bend, minutes)
+    draw_picture(run, out / f"step-{step:07d}.png")
 
 
 def folder_of(config, ckpt):
@@ -584,17 +583,19 @@ def folder_of(config, ckpt):
     return new_folder(config)
 
 
-def announce(log, config, facts, process, net, dataset, start):
+def announce(log, run, dataset, start):
     """The first lines of a run: what is trained on what, and what to expect of it."""
-    log.say(str(process))
+    config = run.config
+    facts = run.facts
+    log.say(str(run.process))
     if config.target == "data":
         log.say("it learns to remove noise: sample.py draws from it by any method and order")
     log.say(f"{config.data}: {data.describe(dataset)}")
-    size = sum(p.numel() for p in net.parameters()) / 1e6
+    size = sum(p.numel() for p in run.net.parameters()) / 1e6
     until = f"to {config.steps}"
     if config.minutes:
         until = f"for {config.minutes:g} minutes"
-    log.say(f"{type(net).__name__} of {size:.2f}M parameters, from update {start} {until}")
+    log.say(f"{type(run.net).__name__} of {size:.2f}M parameters, from update {start} {until}")
     names = [f"{i} {name}" for i, name in enumerate(facts["names"])]
     if config.classes:
         log.say("classes: " + ", ".join(names))
@@ -614,7 +615,7 @@ def announce(log, config, facts, process, net, dataset, start):
 
 
 def forget_some(label, none):
-    """Labels (B,) of which one in ten is `none`, no class, which guidance needs (Ho & Salimans)."""
+    """Labels (B,), one in ten replaced by `none`, the number of no class: guidance needs it."""
     forgotten = torch.rand(len(label)).to(label.device) < 0.1
     return torch.where(forgotten, none, label)
 
@@ -627,7 +628,7 @@ def follow(average, net, decay):
         a.lerp_(p, 1 - decay)
 
 
-def report(log, config, pace, step, out):
+def report(log, config, step, speed, left, out):
     """The log line of an update, means since the line before. UserError for a loss that is not
     finite: what is saved stays as it is."""
     loss = float(over_all(log.loss)) / log.updates / WORLD
@@ -637,19 +638,21 @@ def report(log, config, pace, step, out):
         if (out / "ckpt.pt").exists():
             kept = f"{out}/ckpt.pt has the last good weights"
         raise UserError(f"loss {loss:g} at step {step}: lower --lr or --clip; {kept}")
-    speed, left = pace.look(step)
     line = f"step {step} loss {loss:.5f} grad {norm:.3f} it/s {speed:.2f}"
     return f"{line} images/s {speed * config.batch:.0f} minutes left {left:.1f}"
 
 
 def outlook(config, speed, left):
     """A line that says what an update costs, when pictures come, and when the run ends."""
-    every = left / 6
+    every = (config.minutes or config.steps / speed / 60) / 6
     if config.save_every and not config.minutes:
         every = config.save_every / speed / 60
     ends = time.strftime("%H:%M", time.localtime(time.time() + 60 * left))
-    line = f"an update takes {1 / speed:.3f} s: first picture in {left / 20:.1f} minutes, then one"
-    line += f" and a checkpoint every {every:.1f}; the run ends in {left:.1f}, at {ends}"
+    line = (
+        f"an update takes {1 / speed:.3f} s: a checkpoint and a picture every {every:.1f} minutes"
+    )
+    line += f", the first picture at step {max(config.steps // 20, 1)}"
+    line += f"; the run ends in {left:.1f} minutes, at {ends}"
     if left > 24 * 60:
         line += f": {left / 1440:.1f} days; lower --steps, --width or --size, or give --minutes"
     return line
@@ -661,54 +664,59 @@ def parts_of(facts):
 
 
 @torch.no_grad()
-def held_out_loss(config, facts, page, process, net, dataset):
-    """The loss on up to 512 held-out samples, with the same noise each time; nan without any."""
+def held_out_loss(run, dataset):
+    """The average's loss on up to 512 held-out samples, with the same noise each time; nan without
+    any."""
+    if not len(dataset.test):
+        return math.nan
     torch.manual_seed(0)
     n = min(512, len(dataset.test))
     rows = torch.linspace(0, len(dataset.test) - 1, n).long()
     total = 0.0
-    for some in rows.split(parts_of(facts)):
+    for some in rows.split(parts_of(run.facts)):
         x, label = dataset.held_out(some)
-        label = label.to(dataset.device) if config.classes else None
-        total += len(some) * float(page.loss(process, net, x.to(dataset.device), label))
-    return total / n if n else math.nan
+        x = x.to(dataset.device)
+        label = label.to(dataset.device) if run.config.classes else None
+        total += len(some) * float(run.page.loss(run.process, run.average, x, label))
+    return total / n
 
 
-def learned_bend(log, config, facts, page, process, net):
+def learned_bend(log, run):
     """What the learned grid of `ode` is made of (extras/clock.py), by 40 calls for 16 samples."""
     began = time.perf_counter()
-    m = process.prior((16, *facts["shape"]), torch.Generator().manual_seed(0))
-    m = m.to(next(net.parameters()).device)
-    predict = partial(page.denoise, process, net)
-    lam, size = clock.bend(page, process, predict, m, facts["mean"])
+    m = run.process.prior((16, *run.facts["shape"]), torch.Generator().manual_seed(0))
+    m = m.to(next(run.net.parameters()).device)
+    predict = partial(run.page.denoise, run.process, run.average)
+    lam, size = clock.bend(run.page, run.process, predict, m, run.facts["mean"])
     log.say(f"learned the grid of ode in {time.perf_counter() - began:.1f} s")
     return dict(lam=lam.tolist(), size=size.tolist())
 
 
-def draw_picture(config, facts, page, process, net, path):
+def draw_picture(run, path):
     """64 images, at least 8 of each class, or 10,000 points, from the same noise each time."""
+    facts = run.facts
     n = 10_000 if facts["kind"] == "points" else 64
-    device = next(net.parameters()).device
+    device = next(run.net.parameters()).device
     labels = None
-    if config.classes:
+    if run.config.classes:
         there = [i for i, count in enumerate(facts["counts"]) if count][:32]
         labels = torch.tensor(there).repeat(math.ceil(max(n / len(there), 8)))
         n = len(labels)
-    states = process.prior((n, *facts["shape"]), torch.Generator().manual_seed(0))
+    states = run.process.prior((n, *facts["shape"]), torch.Generator().manual_seed(0))
     drawn = []
     for rows in torch.arange(n).split(parts_of(facts)):
-        predict = partial(page.denoise, process, net)
+        predict = partial(run.page.denoise, run.process, run.average)
         mean = facts["mean"]
-        if config.classes:
+        if run.config.classes:
             predict = partial(predict, label=labels[rows].to(device))
-            mean = None  # theirs is another
-        drawn.append(page.ode(process, predict, states[rows].to(device), 20, mean).cpu())
+            mean = None  # each class has its own
+        drawn.append(run.page.ode(run.process, predict, states[rows].to(device), 20, mean).cpu())
     samples = data.finish(torch.cat(drawn), facts)
     write_png(path, data.picture(samples, facts, labels))
 
 
 def main(argv=None):
-    run(lambda: train(*configure(sys.argv[1:] if argv is None else argv)))
+    command.run(lambda: train(*configure(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def bend(method, process, predict, m, data_mean, calls=40):
     def recorded(m, t):
         x_hat = predict(m, t)
         lam.append(method.clock(process, t, R))
-        x_hats.append(x_hat.double().flatten().cpu())
+        x_hats.append(x_hat.flatten().cpu().double())
         return x_hat
 
     end = float(process.time_of_snr(200**2))

@@ -1,4 +1,4 @@
-"""Command lines: a dataclass of options makes one, and what a user meets is one line.
+"""Makes a command line from a dataclass, and prints a user's mistake as one line.
 
 @dataclass(frozen=True)
 class Config(Options):
@@ -11,6 +11,7 @@ run(lambda: work(Config(**vars(args))))                # a UserError ends it in 
 import argparse
 import signal
 import sys
+import threading
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -21,8 +22,8 @@ from formats.files import UserError, why
 
 
 def option(default, help, low=None, high=None, choices=(), may_change=False, kind=None):
-    """A field and an option of the same name; kind: the type of a value, by default that of the
-    default. may_change: a resumed run may have another value."""
+    """A dataclass field that is also an option. kind: its type, by default that of the default.
+    may_change: a resumed run may have another value."""
     if kind is None:
         kind = str if default is None else type(default)
     about = dict(help=help, low=low, high=high, choices=choices, kind=kind, may_change=may_change)
@@ -70,8 +71,11 @@ def parser(defaults, doc):
     for f in fields(defaults):
         value = getattr(defaults, f.name)
         about = f.metadata
-        shown = "" if value in (None, "", ()) else f" (default: {value})"
-        how = dict(dest=f.name, default=value, help=about["help"] + shown)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = about["help"]
+        if value not in (None, "", ()) and "default:" not in text:
+            text = f"{text} (default: {shown})"
+        how = dict(dest=f.name, default=value, help=text.replace("%", "%%"))
         if about["kind"] is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
@@ -83,14 +87,35 @@ def parser(defaults, doc):
     return p
 
 
-# -------------------------------------------------------------------------------------------------
+class Stopping:
+    """Remembers a signal to stop, so that the work at hand can end. Ignored signals stay ignored;
+    on exit the former handlers return."""
+
+    def __enter__(self):
+        self.number = 0
+        self.former = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self  # no other thread may set handlers
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                self.former[number] = signal.signal(number, self.remember)
+        return self
+
+    def remember(self, number, frame):
+        self.number = number
+
+    def __exit__(self, *error):
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
 
 HEARD = []  # warnings so far, for log.txt
 
 
 def run(body):
-    """Runs a script's body. A UserError, a lack of memory or of a compiler is one line on stderr,
-    and an exit status that is not 0. Any other error keeps its traceback."""
+    """Calls body. A UserError, too little memory or a missing compiler prints one line and exits
+    with a status that is not 0. Any other error keeps its traceback."""
     former = warnings.showwarning
     warnings.showwarning = hear
     if hasattr(sys.stdout, "reconfigure"):  # a console that cannot show the name of a class

@@ -267,16 +267,14 @@ def test_the_log_repeats_the_terminal_and_greps(no_pictures, capsys):
     train.main([*TOY, "--out", "run"])
     said = capsys.readouterr().out
     assert said == Path("run/log.txt").read_text()
-    line = r"\nstep 3 loss \S+ grad \S+ it/s \S+ images/s \S+ minutes left \d+\.\d held-out \S+\n"
+    line = r"\nstep 3 loss \S+ grad \S+ it/s \S+ images/s \S+ minutes left \d+\.\d\n"
     assert re.search(line, said)
 
 
 def test_the_logged_held_out_loss_is_that_of_the_saved_average(toy):
     ckpt = train.load_checkpoint(toy)
-    page, process, net = train.build(ckpt["config"], ckpt["data"])
-    net.load_state_dict(ckpt["ema"])
-    trained = (ckpt["config"], ckpt["data"], page, process, net.eval())
-    found = train.held_out_loss(*trained, data.load("digits"))
+    run = train.prepare(ckpt["config"], ckpt["data"], ckpt, torch.device("cpu"))
+    found = train.held_out_loss(run, data.load("digits"))
     assert f"held-out {found:.5f}" in (toy / "log.txt").read_text()
 
 
@@ -368,6 +366,23 @@ def test_a_clock_that_stands_still_divides_nothing_by_zero(no_pictures, monkeypa
     monkeypatch.setattr(train.time, "perf_counter", lambda: 5.0)
     train.main([*POINTS, "--out", "run"])
     assert read("run")["step"] == 6
+
+
+def test_a_run_without_held_out_samples_has_no_held_out_loss(no_pictures):
+    np.save("few.npy", np.random.default_rng(0).normal(size=(4, 2)))
+    train.main([*TOY, "--data", "few.npy", "--out", "run"])
+    assert math.isnan(read("run")["held_out"])
+
+
+def test_a_folder_with_a_run_is_refused_with_the_way_to_go_on(toy):
+    assert "has a run: --resume" in refused(*TOY, "--out", str(toy))
+
+
+def test_help_takes_a_folder_with_a_per_cent_sign(toy):
+    shutil.copytree(toy, "50%")
+    with pytest.raises(SystemExit) as stop:
+        train.main("--resume --out 50% --help".split())
+    assert stop.value.code == 0
 
 
 def test_held_out_losses_do_not_depend_on_the_batch(no_pictures, monkeypatch):
@@ -614,8 +629,9 @@ MISTAKES = {
     "--lr nan": "--lr must be from",
     "--device nowhere": "cannot use --device nowhere",
     "--method hodl": "--method must be one of agm, hold",
+    "--order 5": "agm has no --order",
     "--colour": "--colour",
-    "--out taken": "taken is taken",
+    "--out taken": "taken is not empty",
     "--out taken/file/deeper": "cannot make taken/file/deeper",
     "--resume": "no run under runs/ yet: train first",
 }

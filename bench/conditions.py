@@ -25,8 +25,8 @@ import torch
 
 import data
 import sample
-import train
 from extras import complete
+from formats import command
 from formats.files import UserError
 from formats.png import image_grid, write_png
 
@@ -139,7 +139,7 @@ def measure(argv):
 
 
 def main(argv=None):
-    train.run(lambda: measure(argv))
+    command.run(lambda: measure(argv))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 
 import data
 import train
+from formats import command
 from formats.files import UserError
 from formats.png import image_grid, write_png
 
@@ -114,7 +115,7 @@ def main(argv=None):
         else:
             extract(args.source)
 
-    train.run(work)
+    command.run(work)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import compare
 
 import data
 import train
-from formats import pictures
+from formats import command, pictures
 from formats.files import UserError, why, write_files
 
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -242,7 +242,7 @@ def score(argv):
 
 
 def main(argv=None):
-    train.run(lambda: score(argv))
+    command.run(lambda: score(argv))
 
 
 if __name__ == "__main__":

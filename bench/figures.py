@@ -23,8 +23,8 @@ import torch
 import agm_ref
 import data
 import hold_ref
-import train
 from agm_ref import F64, mix
+from formats import command
 from formats.files import UserError
 
 CENTRES = torch.tensor([-1.2, 0.1, 1.1], **F64)  # of three equally likely clusters
@@ -223,7 +223,7 @@ def paint(argv):
 
 
 def main(argv=None):
-    train.run(lambda: paint(argv))
+    command.run(lambda: paint(argv))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch
 from speed import ENDLESS, Watch, build, now, samplers, watched
 
 import train
+from formats import command
 from formats.files import UserError
 
 MODELS = ("agm", "hold1", "hold2", "hold3", "hold6")
@@ -175,7 +176,7 @@ def measure(argv):
 
 
 def main(argv=None):
-    train.run(lambda: measure(argv))
+    command.run(lambda: measure(argv))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from torch.nn.functional import avg_pool2d, pad
 
 import data
 import sample
-import train
+from formats import command
 
 GUIDANCE = (0, 1, 1.25, 1.5, 2, 3)
 PRESET = "--steps 4500 --batch 64 --width 24 --mult 1 2 2 --blocks 1 --lr 2e-3"
@@ -148,7 +148,7 @@ def score(argv):
 
 
 def main(argv=None):
-    train.run(lambda: score(argv))
+    command.run(lambda: score(argv))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import compare
 import numpy as np
 
-import train
+from formats import command
 from formats.files import UserError, write_files
 
 BOLD = {"AGM": "#D55E00", "HOLD 1": "#0072B2", "HOLD 3": "#009E73"}
@@ -147,7 +147,7 @@ def draw(argv):
 
 
 def main(argv=None):
-    train.run(lambda: draw(argv))
+    command.run(lambda: draw(argv))
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from torch.distributions import Categorical, MixtureSameFamily, Normal
 import agm_ref
 import data
 import hold_ref
-import train
 from extras.likelihood import log_likelihood_bound
+from formats import command
 
 ANGLES = torch.arange(100) * math.pi / 100
 LINES = torch.stack([ANGLES.cos(), ANGLES.sin()])
@@ -153,7 +153,7 @@ def score(argv):
 
 
 def main(argv=None):
-    train.run(lambda: score(argv))
+    command.run(lambda: score(argv))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 
 import data
 import train
+from formats import command
 
 MODELS = ("agm", "hold1", "hold2", "hold3")
 TARGETS = {"agm": ("data", "ode"), "hold": ("data", "noise")}
@@ -159,7 +160,7 @@ def measure(argv):
 
 
 def main(argv=None):
-    train.run(lambda: measure(argv))
+    command.run(lambda: measure(argv))
 
 
 if __name__ == "__main__":

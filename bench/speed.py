@@ -52,8 +52,10 @@ def build(model, name, *options):
     """config, page, process, net and shape, for a model such as agm or hold3, of the preset for the
     data `name`."""
     method = model.rstrip("12345678")
-    options = ["--method", method, "--order", model[-1] if method == "hold" else "1", *options]
-    config, _ = train.configure(["--data", str(name), *options])
+    options = ["--data", str(name), "--method", method, *options]
+    if method == "hold":
+        options += ["--order", model[-1]]
+    config, _ = train.configure(options)
     _, facts = train.load_data(config, None)
     page, process, net = train.build(config, facts)
     return config, page, process, net, tuple(facts["shape"])

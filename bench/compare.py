@@ -130,15 +130,14 @@ class Results:
 
 
 def rounded(value):
-    """Five digits of a number; anything else as it is."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    """Five digits of a number."""
+    return float(f"{value:.5g}")
 
 
 def over_seeds(row, reduce):
     """That of each number over the seeds."""
     seeds = list(row["seeds"].values())
-    numbers = [key for key, value in seeds[0].items() if isinstance(value, int | float)]
-    return {key: rounded(float(reduce([seed[key] for seed in seeds]))) for key in numbers}
+    return {key: rounded(float(reduce([seed[key] for seed in seeds]))) for key in seeds[0]}
 
 
 def key_of(*parts):
@@ -306,8 +305,6 @@ class Comparison:
             flow_n = min(n, self.flow_n)
             limit = converged(model, contender.flow, flow_n, seed, self.flow_calls)
             numbers["distance"] = float((x[:flow_n] - limit).square().mean().sqrt())
-        if len(contender.grids) > 1:
-            numbers["grid"] = grid
         return numbers
 
     def best_grids(self, model, contender, nfe):
@@ -335,6 +332,7 @@ class Comparison:
                     kinds = {f"best {goal}": grid for goal, grid in best.items()}
                 for kind, grid in kinds.items():
                     key = key_of(title, contender.name, kind, nfe)
+                    self.results.rows.setdefault(key, {"grid": grid, "seeds": {}})
                     for seed, path in enumerate(paths):
                         setting = load(path), contender, nfe, seed, self.n, grid
                         self.results.of(key, seed, partial(self.numbers, *setting))

@@ -30,7 +30,7 @@ import data
 import train
 from extras import clock
 from formats.command import Options, Stopping, flag, option, parser, run
-from formats.files import UserError, why, write_files
+from formats.files import UserError, make_folder, why, write_files
 from formats.png import apng, png, write_png
 
 
@@ -40,11 +40,13 @@ class Drawing(Options):
 
     ckpt: str = option(None, "checkpoint or folder of a run; default: the newest under runs/")
     nfe: int = option(20, "calls of the sampler", 1, 10**5)
-    n: int = option(None, "samples; default: 64, 8 a class, 10,000 points", 1, 10**7, kind=int)
+    n: int = option(
+        None, "samples; default: 64, at least 8 a class, 10,000 points", 1, 10**7, kind=int
+    )
     first: int = option(0, "number of the first sample, which depends on it and --seed", 0, 10**9)
     sampler: str = option(None, "AGM: ode, exponential, splitting, em; HOLD: ode, strang, lie, em")
     class_: str = option(None, "a class, its number, all or none; default: all that the net knows")
-    guidance: float = option(1.0, "class: 1 is its law, more exaggerates it", 0, 100)
+    guidance: float = option(1.0, "1 follows the class, more exaggerates it", 0, 100)
     seed: int = option(0, "of the noise", 0, 2**32 - 1)
     batch: int = option(256, "samples at a time", 1, 10**6)
     method: str = option(None, "process to sample with", choices=train.METHODS)
@@ -55,11 +57,19 @@ class Drawing(Options):
 
 @dataclass(frozen=True)
 class Sampling(Drawing):
-    """Options of this command besides."""
+    """Further options of sample.py."""
 
     grid: str = option(None, "ode: learned, the default, or even", choices=("learned", "even"))
-    rho: float = option(None, "exponential, splitting, em: bends the grid", 0.01, 100, kind=float)
-    t_end: float = option(None, "all but ode: time of the last call, or step's end", kind=float)
+    rho: float = option(
+        None,
+        "AGM's exponential, splitting, em: above 1, shorter early steps",
+        0.01,
+        100,
+        kind=float,
+    )
+    t_end: float = option(
+        None, "not for ode: time of the last call, or end of the last step", kind=float
+    )
     multistep: int = option(None, "exponential: how many calls it extrapolates", 1, 4, kind=int)
     raw: bool = option(False, "draw with the last weights, not with their average (EMA)")
     amp: str = option("off", "bf16: autocast the net to bfloat16", choices=("off", "bf16"))
@@ -90,7 +100,7 @@ def load(path=None, method=None, order=None, raw=False, device="auto"):
     """The network of a checkpoint file or run folder; path None: the newest under runs/.
 
     method and order: the process to sample with, if the net is a denoiser. raw: the last weights,
-    not their average. UserError for a file that is none, or a process that the net does not serve.
+    not their average. UserError for another file, or a process that the net does not serve.
     """
     device = train.pick_device(device)
     ckpt = train.load_checkpoint(path)
@@ -132,7 +142,7 @@ def draw(
 
     Sample i depends on seed and i alone, i = first ... first + n - 1: bit for bit in batches of
     the same size, up to float32 rounding otherwise.
-    classes: class numbers, which samples take in turn; None: no class.
+    classes: class numbers, which samples take in turn; None or []: no class.
     condition(model, m, net, label, randn) -> m, predict: a rule for what is known of the samples
     (extras/complete.py). watch(m, x_hat) is called after each prediction.
     grid: rho, t_end, multistep, ts, where the sampler has them; and for `ode` grid="learned", the
@@ -145,14 +155,14 @@ def draw(
         randn = Noise(seed, numbers)
         m = randn.prior(model.process, model.facts["shape"]).to(model.device)
         label = None
-        if classes is not None:
+        if classes:
             label = torch.tensor([classes[i % len(classes)] for i in numbers])
             label = label.to(model.device)
 
         # what predicts the data from the state, and what it says where nothing is known
         if condition:
             m, predict = condition(model, m, guided, label, randn)
-            mean = None  # with a condition it is another
+            mean = None  # what is known moves the mean
         else:
             predict = partial(model.method.denoise, model.process, guided, label=label)
             mean = mean_of(model.facts, label, guidance)
@@ -245,7 +255,7 @@ def mean_of(facts, label, guidance):
 
 
 def watched(predict, watch):
-    """predict, which also shows watch what it saw and what it said."""
+    """predict, which also hands the state and the prediction to watch."""
     if watch is None:
         return predict
 
@@ -295,7 +305,7 @@ def new_pngs(args, facts, n):
     for path in paths:
         if path.exists():
             raise UserError(f"{path} exists already: choose another --png-dir")
-    Path(args.png_dir).mkdir(parents=True, exist_ok=True)
+    make_folder(args.png_dir)
     return paths
 
 
@@ -349,11 +359,10 @@ def say_progress(share, began):
 def draw_and_save(model, args, n, classes, pictures, note="", pngs=(), **how):
     """Draws n samples, with more options of `draw` and `collect` in how, writes them, and says so.
     pictures(array, labels) -> {name: bytes of a picture}. note: what a call costs besides."""
-    out = Path(args.out or model.path.parent)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(args.out or model.path.parent)
     began = time.perf_counter()
     with Stopping() as stopping:
-        array, labels = collect(model, args, n, stopping, classes=classes or None, **how)
+        array, labels = collect(model, args, n, stopping, classes=classes, **how)
         seconds = (time.perf_counter() - began) / len(array)
 
         # arrays first: no picture is worth losing them
@@ -392,7 +401,7 @@ def sample(args):
     for key in ("rho", "t_end", "multistep", "grid"):
         if getattr(args, key) is not None:
             grid[key] = getattr(args, key)
-    pick_sampler(model, args.sampler, args.nfe, grid)
+    pick_sampler(model, args.sampler, args.nfe, grid)  # refuses before anything is written
 
     # how many samples, and where they go
     n = args.n or max(64, 8 * len(classes))

@@ -12,8 +12,8 @@ In Python:
     images = [x for x, labels in sample.draw(model, 8, condition=rule)]
 
 Known of x (B, C, H, W) is c = H x, H an orthogonal projection, here the function `see`. A rule is a
-prediction in place of `denoise`; it knows c, the stroke, or both of its last call. One is made for
-each batch.
+prediction in place of `denoise`. It keeps something from call to call, so each batch gets a new
+one.
 """
 
 import math
@@ -38,12 +38,16 @@ class Options(sample.Drawing):
     n: int = option(32, "samples", 1, 10**7)
     class_: str = option("none", "a class, its number, or all in turn, if the net knows classes")
     inpaint: str = option(None, "picture of which a part is known, by --mask or --shrink")
-    held_out: int = option(None, "held-out picture of that number, for a FILE", 0, 10**9, kind=int)
+    held_out: int = option(
+        None, "number of a held-out picture, in place of a FILE", 0, 10**9, kind=int
+    )
     mask: str = option(None, "picture or .npy, white where it is known; its alpha, if it has one")
-    shrink: int = option(None, "the means of blocks of that size are known", 2, 4096, kind=int)
+    shrink: int = option(None, "side of the blocks whose means are known", 2, 4096, kind=int)
     rule: str = option("gibbs", "how it is completed", choices=("gibbs", "covariance", "paper"))
     passes: int = option(2, "backward passes a call, of gibbs and covariance", 1, 1000)
-    noise: float = option(0.0, "std of the noise in what is known, of 255 (not paper)", 0, 255)
+    noise: float = option(
+        0.0, "noise in what is known: its standard deviation in grey levels", 0, 255
+    )
     stroke: str = option(None, "picture that the samples follow")
     inject: str = option("dyn", "redraw v given the stroke, or mix it in", choices=("dyn", "init"))
     share: float = option(0.6, "dyn: share of the calls that follow the stroke", 0.01, 1)
@@ -127,8 +131,8 @@ def by_gibbs(model, net, see, known, passes=2, noise=0.0, label=None, randn=torc
 
         x = x' + s (n - (1 - l) H n),     n ~ N(0, I),     s^2 = sigma^2 mean(diag J)
 
-    made after the call before. What is not known gets the standard deviation s, what is known the
-    share l = noise / sqrt(s^2 + noise^2) of it. That leaves the law of m, given c, as it is.
+    drawn after the previous call. What is not known gets the standard deviation s, what is known
+    the share l = noise / sqrt(s^2 + noise^2) of it. That leaves the law of m, given c, as it is.
     mean(diag J) is estimated by n.Jn / n.n, one more backward pass (Hutchinson).
     """
     draw = None
@@ -249,6 +253,8 @@ def check_options(args):
         raise UserError(f"{of_rest[0]} is for --inpaint and --held-out: leave it out")
     if of_stroke and not args.stroke:
         raise UserError(f"{of_stroke[0]} is for --stroke: leave it out")
+    if args.rule == "paper" and given(args, "passes noise"):
+        raise UserError("--passes and --noise are not for --rule paper: leave them out")
     if not args.stroke and (args.mask is None) == (args.shrink is None):
         raise UserError(f"{pictures[0]}: give --mask FILE or --shrink K, what is known of it")
 
@@ -292,7 +298,8 @@ def mask_of(args, model):
     _, H, W = model.facts["shape"]
     mask = fitted(read_mask(args.mask), args.mask, (1, H, W), 1)[0, 0] > 127
     if mask.all() or not mask.any():
-        raise UserError(f"--mask {args.mask}: {int(mask.sum())} of {mask.numel()} pixels are known")
+        known = f"{int(mask.sum())} of {mask.numel()} pixels are known"
+        raise UserError(f"--mask {args.mask}: {known}; paint some of them white, not all")
     return mask
 
 

@@ -16,6 +16,7 @@ import math
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -49,7 +50,8 @@ class Options(Base):
 def log_likelihood_bound(method, process, predict, x, steps=96, exact=None):
     """A lower bound of log p(x) (B,), in nats, for x (B, ...), from one draw of the noise.
 
-    steps: even in the lambda of `ode`. 32 do for a smooth x_hat, but that of images is clamped.
+    steps: even in the lambda of `ode`. 32 suffice for points; images need more, as their x_hat is
+    clamped.
     exact: the divergence of the flow by d backward passes a call (the default up to d = 16), else
     estimated with one random probe.
     """
@@ -172,7 +174,11 @@ def measure(args):
     folder = args.data_dir
     if args.data is None and folder is None:
         folder = config.data_dir
-    dataset = data.load(args.data or config.data, folder or None, config.flip, config.size)
+    name = args.data or config.data
+    size = config.size
+    if Path(name).is_dir() or name.endswith(".zip"):
+        size = size or model.facts["shape"][-1]
+    dataset = data.load(name, folder or None, config.flip, size)
     n = min(args.n or 10**9, len(dataset.test))
     began = time.perf_counter()
     calls = 0

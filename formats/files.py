@@ -46,6 +46,15 @@ def write_files(files, fix="make room, or choose another folder"):
                 name.unlink()
 
 
+def make_folder(path):
+    """The folder, made where it is missing. UserError where it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path} ({why(error)}): choose another folder") from None
+    return Path(path)
+
+
 def cache_dir():
     """The folder for downloads and converted pictures. It may be deleted at any time."""
     folder = os.environ.get("XDG_CACHE_HOME")

@@ -75,11 +75,6 @@ def write_png(path, array):
     write_files({path: png(array)})
 
 
-def is_ours(head):
-    """Whether a file that begins with these bytes (100 are enough) is a PNG written here."""
-    return head.startswith(SIGNATURE) and MARK in head
-
-
 # -------------------------------------------------------------------------------------------------
 # Text: the 95 printable ASCII characters, 16 in a row, of 5 x 7 pixels
 

@@ -3,11 +3,14 @@
 "Generative Modeling with Phase Stochastic Bridges", Chen et al., ICLR 2024, arXiv 2310.07805.
 The paper writes x1 for our data x, and (x, v) for our state (q, v).
 
-    data = (data - data.mean(0)) / data.std()           # centred, of unit scale
-    process = AGM(sigma_data=1.0)                       # for images in [-1, 1]: their std, bound=1
+    data = data - data.mean(0)
+    data = data / data.std()                            # centred, of unit scale
+    process = AGM(sigma_data=1.0)                       # images in [-1, 1]: sigma_data=std, bound=1
     loss(process, net, x).backward()                    # a batch x; net(noisy, t, label) -> like x
     predict = functools.partial(denoise, process, net)  # label=... for a net with classes
     x = ode(process, predict, process.prior((64, 3, 32, 32)), nfe=20, data_mean=0.0)
+
+Images need not be centred, but then their mean is the data_mean of the last line.
 
 Here the data x are (64, 3, 32, 32), the state m = cat(q, v) is (64, 6, 32, 32), and what the
 network sees and returns is (64, 3, 32, 32) again.
@@ -38,13 +41,13 @@ Under a* the error e = q - x obeys e'' = -4 e/tau^2 - 4 e'/tau. Try e = tau^j, w
 j (j - 1) = 4 j - 4, so j is 1 or 4. Error and velocity are therefore
 
     (e, v) = M beta,     M = [[tau,    tau^4],
-                              [ -1, -4 tau^3]],     beta (2,): how much of each mode
+                              [ -1, -4 tau^3]],     beta (2,): the amplitudes of the two modes
 
-Without noise beta stays as it is. A kick dv changes it by M^-1 (0, dv) = dv/3 (1, -tau^-3). The
-kicks have the variance p^2 tau^2 dt, so from 0 to t they add to Cov(beta)
+Without noise beta is constant. A kick dv changes it by M^-1 (0, dv) = dv/3 (1, -tau^-3), and kicks
+have the variance p^2 tau^2 dt. To the initial Cov(beta), M(0)^-1 [[1, k], [k, 1]] M(0)^-T, they add
 
-    p^2/9 int tau^2 (1, -tau^-3) (1, -tau^-3)^T dt = p^2/27 [[1 - tau^3,    3 ln tau],
-                                                            [3 ln tau,  tau^-3 - 1]]
+    p^2/9 int_0^t tau^2 (1, -tau^-3) (1, -tau^-3)^T dt = p^2/27 [[1 - tau^3,    3 ln tau],
+                                                              [3 ln tau,  tau^-3 - 1]]
 
 All of this is linear and Gaussian. Given x, the state is
 
@@ -57,10 +60,10 @@ interact: mu (2,) and L (2, 2) act on the blocks q and v. At t = .5, mu = (.354,
 
 2. What the paper's network learns
 
-F, the drift of v. Given x it is a* for the SDE, and a* - g^2/2 grad_v log p(m | x) for the ODE
-with the same marginals. The means of these over p(x | m) are the drifts of the process itself.
-Both have the form F = w . m + w_x x, so whoever predicts E[F | m] predicts E[x | m], and vice
-versa. With m = mu x + L eps they read
+F, the drift of v given x: a* for the SDE, and a* - g^2/2 grad_v log p(m | x) for the ODE with the
+same marginals. Its mean over p(x | m), E[F | m], is the drift that samples, as the mean of
+grad_v log p(m | x) is grad_v log p(m). Both have the form F = w . m + w_x x with w_x > 0. So
+whoever predicts E[F | m] predicts E[x | m], and vice versa. With m = mu x + L eps they read
 
     F = 4 tau^2 x + r . eps,     r = L^T w
 
@@ -71,22 +74,22 @@ The network learns F/|r|, whose noise part has unit variance.
 
     log p(m | x) = x mu^T Sigma^-1 m - x^2 SNR/2 + (terms without x),     SNR = mu^T Sigma^-1 mu
 
-depends on m only through y = mu^T Sigma^-1 m / SNR, a sufficient statistic for x. y is x + sigma
-noise, with sigma = SNR^-1/2, and so E[x | m] = E[x | y]: a network trained to remove plain noise
-serves AGM, HOLD of any order, and every sampler. Its loss uses nothing of AGM but sigma_data.
+depends on m only through y = mu^T Sigma^-1 m / SNR, a sufficient statistic for x, so E[x | m] =
+E[x | y]. Given x, y ~ N(x, sigma^2) with sigma = SNR^-1/2: a network trained to remove plain noise
+serves AGM, HOLD of any order, and every sampler. Its loss uses neither mu nor Sigma.
 
 
 4. How samples are drawn
 
-A sampler asks for x_hat(m, t) = E[x | m] and for nothing else. Two ODEs have the marginals of m.
-`exponential` follows that of section 2. `ode` follows DDIM: write m as mu x_hat + L eps, keep eps,
-and recombine at the next time. For a single x, eps does not change; the mean of that velocity over
-p(x | m) is a flow with the same marginals, as in flow matching. From the same start the two ODEs
-end at different samples.
+A sampler asks for x_hat(m, t) = E[x | m] and for nothing else. Of the many ODEs with the marginals
+of m two are here. `exponential` takes that of section 2. `ode` follows DDIM: write m as mu x_hat +
+L eps, keep eps, and recombine at the next time. For a single x, eps does not change; the mean of
+that dm/dt over p(x | m) is a flow with the same marginals, as in flow matching. From the same start
+the two ODEs end at different samples.
 
 With 5 calls, sigma_data = 0.5 and points of 2 dimensions `ode` visits
 
-    t       0      .197   .405   .551   .652   .727
+    t       1e-5   .197   .405   .551   .652   .727
     sigma   24495  1.35   .492   .234   .122   .067
     mu_q    .000   .068   .248   .414   .541   .638
 
@@ -142,7 +145,7 @@ class Process:
 
     The denoiser is trained at noise sigma, ln sigma ~ N(noise_mean, noise_std^2), EDM's P_mean and
     P_std, whatever sigma_data is. EDM's values suit images. Points with fine structure want more
-    low noise, as only low noise shows it: train.py gives them values of their own.
+    low noise, since only that reveals it: train.py gives them values of their own.
     """
 
     target: str = "data"  # what the network learns
@@ -180,7 +183,7 @@ class Process:
 
     def time_of_snr(self, snr):
         """Time (...) from `first` to `last` at which the SNR is snr (...), or nearest to it.
-        Between the knots it is interpolated, to 1e-4 for an SNR of .01 to 1e5."""
+        Between the knots it is interpolated: an SNR of .01 to 1e5 is met to 2e-4 of it."""
         log_snr, t = self.knots
         wanted = torch.as_tensor(snr, **F64).log().numpy()
         return torch.as_tensor(np.interp(wanted, log_snr, t), **F64)
@@ -310,7 +313,7 @@ def hop(process, F, m, t):
 
 
 def training_pair(process, x, t, eps):
-    """State m (B, nC, ...) and label F/|r| (B, C, ...) at times t (B,), noise eps (B, nC, ...)."""
+    """State m (B, nC, ...) and target F/|r| (B, C, ...) at times t (B,), noise eps (B, nC, ...)."""
     m = mix(process.mean(t)[..., None], x) + mix(process.cholesky(t), eps)
     r = noise_part(process, t, process.target == "sde")
     F = scale_each(4 * (1 - t) ** 2, x) + mix(r[:, None], eps)
@@ -318,12 +321,13 @@ def training_pair(process, x, t, eps):
 
 
 def loss(process, net, x, label=None):
-    """A scalar to minimise; x (B, C, ...) float, centred. Target "data": `denoiser_loss`. Else the
+    """A scalar to minimise; x (B, C, ...) float. Target "data": `denoiser_loss`. Else the
     paper's, E[(1 - t) |net - F/|r||^2] per dimension, t uniform from `first` to `last`.
 
     Both have the same minimiser: with F_theta = w . m + w_x D, |F_theta - F|^2 = w_x^2 |D - x|^2.
-    They differ in the weight of noise levels, and the denoiser sees y alone. A network that returns
-    0 has the loss 1; for "ode" and "sde" .5 to .8, if the data's standard deviation is at most 1.
+    They differ in how they weight the noise levels, and the denoiser sees y alone. A network that
+    returns 0 has the loss 1; for "ode" and "sde" .5 to .8, if the data's standard deviation is at
+    most 1.
     """
     check_data(process, x)
     if process.target == "data":
@@ -356,7 +360,8 @@ def stratified(n):
 
 
 def call_net(net, m, t, label, x):
-    """net(m, t, label), in the dtype of x. ValueError for another shape: it would broadcast."""
+    """net(m, t, label), in the dtype of x, which shows what shape it should have. ValueError for
+    another shape: it would broadcast."""
     try:
         out = net(m, t, label)
     except RuntimeError as error:
@@ -397,7 +402,8 @@ def denoise_y(process, net, z, snr, label=None):
 
 @lru_cache(1000)
 def to_z(process, t):
-    """w (1, n) and SNR () at time t (a number): z = w . m, w = Sigma^-1 mu / sqrt(SNR)."""
+    """w (1, n) and SNR () at time t (a number): z = w . m, w = Sigma^-1 mu / sqrt(SNR). (This w is
+    not that of `affine`.)"""
     mean = process.mean(t)
     w = torch.cholesky_solve(mean[:, None], process.cholesky(t))[:, 0]
     snr = w @ mean
@@ -423,8 +429,8 @@ def denoise(process, net, m, t, label=None):
 # no gradients. predict is functools.partial(denoise, process, net, label=label), or anything else
 # that returns x_hat; it may change m in place (completing a picture does), and the sampler goes on
 # from there.
-# The last x_hat is the sample. A cluster of standard deviation std keeps the share std^2/(std^2 +
-# sigma^2) of its variance, sigma the noise at the last call.
+# The last x_hat is the sample. A Gaussian cluster of standard deviation std comes out with the
+# share std^2/(std^2 + sigma^2) of its variance, sigma the noise at the last call.
 # rho and t_end shape the grid of times; randn(x) draws unit noise shaped like x.
 
 
@@ -480,12 +486,13 @@ def free_noise(process, t, h):
 @torch.no_grad()
 def exponential(process, predict, m, nfe, multistep=2, rho=1.0, t_end=None):
     """ODE, the paper's exponential Adams-Bashforth. N = F/|r| of the last `multistep` calls (1 to
-    4, else ValueError) is extrapolated as a polynomial in time, and over a step to t_next
+    4, else ValueError) is extrapolated as a polynomial in time, and over a step h = t_next - t
 
         q += h v + int (t_next - u) |r(u)| N(u) du,     v += int |r(u)| N(u) du
 
-    Order 2 at rho 1, as it starts with an Euler step; at rho 2 that step is short, and order 3
-    survives. The paper's on CIFAR-10: multistep 3, rho 2, t_end .4, .7, .9 for nfe 5, 10, 20."""
+    Order 2 at rho 1 for multistep > 1, as the first step is Euler's. At rho 2 that step is short,
+    and multistep 3 gives order 3. The paper's on CIFAR-10: multistep 3, rho 2, t_end .4, .7, .9 for
+    nfe 5, 10, 20."""
     if multistep not in (1, 2, 3, 4):
         raise ValueError(f"multistep must be 1, 2, 3 or 4, got {multistep}")
     ts = even_times(process, nfe, rho, t_end)
@@ -526,7 +533,7 @@ def acceleration(process, t, sde):
 
 def even_times(process, nfe, rho, t_end, extra=0):
     """n = nfe + extra times from `first` to t_end, even in t^(1/rho). t_end: by default 1 - 1.5/n,
-    which leaves 1.5 average steps to the last x_hat, but at most `last`."""
+    at most `last`: the last x_hat jumps over about 1.5 average steps."""
     n = nfe + extra
     t_end = min(1 - 1.5 / max(n, 2), process.last) if t_end is None else t_end
     check_grid(process, nfe, t_end)
@@ -541,28 +548,28 @@ def ode(process, predict, m, nfe, data_mean=None, ts=None):
 
     data_mean: the mean of what you trained on, 0.0 if that was centred: a number, or a tensor that
     broadcasts to the samples, (C, 1, 1) for channels of images. It is the first x_hat, as nothing
-    is known at the prior (but the little that m tells there), and so the first step is free. A
-    wrong mean moves the samples. None: the first x_hat is one of the nfe calls, at a noise that
-    training hardly meets.
+    is known at the prior (except for the little that m tells), and so the first step is free.
+    A wrong mean moves the samples. None: the first x_hat is one of the nfe calls, at a noise level
+    that training hardly sees.
     ts: the times to visit, nfe of them, one more if the first step is free. None: `times`.
 
-    A step. m = mu x_hat + L eps goes to mu' x_hat + L' eps = A m + b x_hat, with A = L' L^-1 and
-    b = mu' - A mu. In units of L that is d(L^-1 m) = x_hat d(L^-1 mu), and |L^-1 mu| = sqrt(SNR).
-    For one block, n = 1, it is DDIM as it was published.
+    A step. m = mu x_hat + L eps goes to mu_1 x_hat + L_1 eps = A m + b x_hat, with A = L_1 L^-1 and
+    b = mu_1 - A mu at the next time. In units of L that is d(L^-1 m) = x_hat d(L^-1 mu), and
+    |L^-1 mu| = sqrt(SNR). For one block, n = 1, it is DDIM as it was published.
 
-    Second order. x_hat is taken as linear in lambda = log(1 + R sqrt(SNR)) over a step of length
-    h: x + slope l, 0 < l < h. Its mean, weighted by dsqrt(SNR) ~ e^l dl, is x + c slope with
-    c = int l e^l dl / int e^l dl = h/(1 - e^-h) - 1. (L^-1 mu turns a little on the way: that
-    changes the error by a factor, not the order. The free first step leaves out what m tells at the
-    prior: the order shows without it.)
+    Second order. Over a step of length h in lambda = log(1 + R sqrt(SNR)), x_hat is taken to be
+    x + slope l, 0 < l < h, with the slope of the step before (at first 0). Its mean, weighted by
+    d sqrt(SNR) ~ e^l dl, is x + c slope, c = int l e^l dl / int e^l dl = h/(1 - e^-h) - 1.
+    (L^-1 mu turns a little on the way: that changes the error by a factor, not the order. With very
+    many calls the free first step, which leaves out what m tells at the prior, limits it.)
 
-    Corrector. When x_next is known, so is the slope of the step that led there. The step is
-    repeated with it: its mean x_hat is off by shift = c (new slope - slope), m by b shift, and
-    x_next follows as for Gaussian data, dE[x|y]/dy = sigma_data^2/(sigma_data^2 + sigma^2). It
-    costs no call (UniPC). On trained networks it takes 10 to 50 % off the error at 4 to 10 calls.
+    Corrector. x_next shows what the slope of the step to it was, and so what its mean x_hat should
+    have been: more by shift = c (new slope - slope). So m moves by b shift, y by sigma w . b shift,
+    and x_next by the share sigma_data^2/(sigma_data^2 + sigma^2) of that, exact for Gaussian data.
+    It costs no call (UniPC). On trained networks it takes 10 to 50 % off the error (nfe 4 to 10).
 
-    R = sigma_data sqrt(2 d) is the distance between two samples of d numbers: noise that is larger
-    hides which of them it is, and lambda spends few steps there.
+    R = sigma_data sqrt(2 d) is the rms distance between two samples of d numbers: noise that is
+    larger hides which of them it is, and lambda spends few steps there.
     """
     R = clock_rate(process, m)
     free = data_mean is not None and nfe > 1
@@ -580,7 +587,7 @@ def ode(process, predict, m, nfe, data_mean=None, ts=None):
         m = mix(A, m) + mix(b, x + c * slope)
         x_next = predict(m, ts[i])
         if i == len(ts) - 1:
-            return x_next  # a prediction: to move it would blur it
+            return x_next  # a prediction: moving it would blur it
         new_slope = (x_next - x) / h
         shift = c * (new_slope - slope)
         m = m + mix(b, shift)

@@ -4,11 +4,14 @@
 authors published no code: the defaults are ours. Order n = 1 is the OU (VP) process, 2 is
 critically damped Langevin (CLD), 3 is HOLD.
 
-    data = (data - data.mean(0)) / data.std()           # centred, of unit scale
-    process = HOLD(sigma_data=1.0)                      # for images in [-1, 1]: their std, bound=1
+    data = data - data.mean(0)
+    data = data / data.std()                            # centred, of unit scale
+    process = HOLD(sigma_data=1.0)                      # images in [-1, 1]: sigma_data=std, bound=1
     loss(process, net, x).backward()                    # a batch x; net(noisy, t, label) -> like x
     predict = functools.partial(denoise, process, net)  # label=... for a net with classes
     x = ode(process, predict, process.prior((64, 3, 32, 32)), nfe=20, data_mean=0.0)
+
+Images need not be centred, but then their mean is the data_mean of the last line.
 
 Here the data x are (64, 3, 32, 32), the state m = cat(q, v, a) is (64, 9, 32, 32), and what the
 network sees and returns is (64, 3, 32, 32) again.
@@ -29,25 +32,25 @@ In general, with E_ij the matrix that has a 1 at (i, j), and e_i the i-th unit v
 
 These act on the blocks: the dimensions of the data do not interact. The process runs
 
-    from m = (x, N(0, alpha var), ...) at t = 0   to   N(0, var I) at t = T
+    from m = (x, N(0, alpha var), ...) at t = 0   to nearly   N(0, var I) at t = T
 
 The end is stationary, as G + G^T = -2 xi E_nn takes out what the noise puts in. (var is the paper's
 L^-1, G its F.)
 
-Critical damping, the default, are the gamma and xi for which all n eigenvalues of G are equal, to
-some lam < 0. It mixes fastest. Let P_k(s) = det(s - G) of the first k blocks, without friction.
-Expanded along the chain from its damped end, the determinant of the whole gives
+Critical damping, the default: gamma and xi are such that all n eigenvalues of G equal one lam < 0.
+(They sum to -xi: at this xi no largest real part is smaller.) Let P_k(s) = det(s - G) of the first
+k blocks, without friction. Expanded from the damped end, the determinant of the whole gives
 
     (s - lam)^n = P_n + xi P_n-1,     P_k = s P_k-1 + gamma_k-1^2 P_k-2,     P_0 = 1, P_1 = s
 
-P_k is even in s for even k and odd for odd k. So P_n and xi P_n-1 are the even and the odd half of
-(s - lam)^n, and their quotient knows every gamma: dividing the recursion by P_k-1, again and again,
-makes it a continued fraction. For lam = -1 and with u = 1/s
+P_k has the parity of k, so P_n and xi P_n-1 are the two halves of (s - lam)^n, with even and with
+odd powers of s. Dividing the recursion by P_k-1, again and again, makes their quotient a continued
+fraction of all gammas. For lam = -1 and with u = 1/s
 
     xi P_n-1 / P_n = xi u/(1 + gamma_n-1^2 u^2/(1 + gamma_n-2^2 u^2/(1 + ...)))
 
-The same quotient in powers of u is, by a continued fraction of Euler's (for even n both sides are
-upside down, which changes nothing),
+After division by s^n, P_n is even in u and xi P_n-1 is odd, for every n. So the same quotient is,
+by a continued fraction of Euler's,
 
     odd part of (1 + u)^n / even part = tanh(n artanh u)
                                       = n u/(1 + (n^2 - 1) u^2/(3 + (n^2 - 4) u^2/(5 + ...)))
@@ -84,9 +87,9 @@ versa.
 
     log p(m | x) = x mu^T Sigma^-1 m - x^2 SNR/2 + (terms without x),     SNR = mu^T Sigma^-1 mu
 
-depends on m only through y = mu^T Sigma^-1 m / SNR, a sufficient statistic for x. y is x + sigma
-noise, with sigma = SNR^-1/2, and so E[x | m] = E[x | y]: a network trained to remove plain noise
-serves AGM, HOLD of any order, and every sampler. Its loss uses nothing of HOLD but sigma_data.
+depends on m only through y = mu^T Sigma^-1 m / SNR, a sufficient statistic for x, so E[x | m] =
+E[x | y]. Given x, y ~ N(x, sigma^2) with sigma = SNR^-1/2: a network trained to remove plain noise
+serves AGM, HOLD of any order, and every sampler. Its loss uses neither mu nor Sigma.
 
 
 4. How samples are drawn
@@ -98,9 +101,9 @@ G m becomes -G m + 2 xi var e_n grad_n log p, and -G = G^T + 2 xi E_nn, so
 
 G^T rotates the other way and has the same friction; f, the force, is what brings the data back.
 `ode` follows DDIM: write m as mu x_hat + L eps, keep eps, and recombine at the next time. For a
-single x, eps does not change; the mean of that velocity over p(x | m) is a flow with the same
-marginals, as in flow matching. For n = 1 it is the probability flow ODE. For n > 1 that ODE rotates
-eps and `ode` does not: from the same start they end at different samples.
+single x, eps does not change; the mean of that dm/dt over p(x | m) is a flow with the same
+marginals, as in flow matching. For n = 1 it is the probability flow. For n > 1 the probability flow
+rotates eps and `ode` does not: from the same start they end at different samples.
 
 With 5 calls, order 3, sigma_data = 0.5 and points of 2 dimensions `ode` visits
 
@@ -161,7 +164,7 @@ class Process:
 
     The denoiser is trained at noise sigma, ln sigma ~ N(noise_mean, noise_std^2), EDM's P_mean and
     P_std, whatever sigma_data is. EDM's values suit images. Points with fine structure want more
-    low noise, as only low noise shows it: train.py gives them values of their own.
+    low noise, since only that reveals it: train.py gives them values of their own.
     """
 
     target: str = "data"  # what the network learns
@@ -199,7 +202,7 @@ class Process:
 
     def time_of_snr(self, snr):
         """Time (...) from `first` to `last` at which the SNR is snr (...), or nearest to it.
-        Between the knots it is interpolated, to 1e-4 for an SNR of .01 to 1e5."""
+        Between the knots it is interpolated: an SNR of .01 to 1e5 is met to 2e-4 of it."""
         log_snr, t = self.knots
         wanted = torch.as_tensor(snr, **F64).log().numpy()
         return torch.as_tensor(np.interp(wanted, log_snr, t), **F64)
@@ -368,25 +371,25 @@ def affine(process, t):
 
 def hop(process, eps_n, m, t):
     """The x (B, C, ...) that leaves the noise eps_n (not in the paper). Near T it divides the error
-    of a network by a w_x close to 0: a finite `bound` stops the strays."""
+    of a network by a w_x close to 0: a finite `bound` catches the outliers."""
     w, w_x = affine(process, t)
     return (eps_n - mix(w[None], m)) / float(w_x)
 
 
 def training_pair(process, x, t, eps):
-    """State m (B, nC, ...) and label eps_n (B, C, ...) at times t (B,), noise eps (B, nC, ...)."""
+    """State m (B, nC, ...) and target eps_n (B, C, ...) at times t (B,), noise eps (B, nC, ...)."""
     m = mix(process.mean(t)[..., None], x) + mix(process.cholesky(t), eps)
     return m, eps.chunk(process.n, 1)[-1]
 
 
 def loss(process, net, x, label=None):
-    """A scalar to minimise; x (B, C, ...) float, centred. Target "data": `denoiser_loss`. Else the
-    paper's, E|net - eps_n|^2 per dimension, at times even in lambda = log(1 + 10 sqrt(SNR)): if
-    they were even in t, a high order would hardly ever see low noise.
+    """A scalar to minimise; x (B, C, ...) float. Target "data": `denoiser_loss`. Else the paper's,
+    E|net - eps_n|^2 per dimension, at times even in lambda = log(1 + R sqrt(SNR)): if they were even
+    in t, a high order would hardly ever see low noise. R = 10 is `ode`'s for 200 numbers.
 
     Both have the same minimiser: with eps_theta = w . m + w_x D, |eps_theta - eps_n|^2 = w_x^2
-    |D - x|^2. They differ in the weight of noise levels, and the denoiser sees y alone. A network
-    that returns 0 has the loss 1.
+    |D - x|^2. They differ in how they weight the noise levels, and the denoiser sees y alone. A
+    network that returns 0 has the loss 1.
     """
     check_data(process, x)
     if process.target == "data":
@@ -422,7 +425,8 @@ def stratified(n):
 
 
 def call_net(net, m, t, label, x):
-    """net(m, t, label), in the dtype of x. ValueError for another shape: it would broadcast."""
+    """net(m, t, label), in the dtype of x, which shows what shape it should have. ValueError for
+    another shape: it would broadcast."""
     try:
         out = net(m, t, label)
     except RuntimeError as error:
@@ -463,7 +467,8 @@ def denoise_y(process, net, z, snr, label=None):
 
 @lru_cache(1000)
 def to_z(process, t):
-    """w (1, n) and SNR () at time t (a number): z = w . m, w = Sigma^-1 mu / sqrt(SNR)."""
+    """w (1, n) and SNR () at time t (a number): z = w . m, w = Sigma^-1 mu / sqrt(SNR). (This w is
+    not that of `affine`.)"""
     mean = process.mean(t)
     w = torch.cholesky_solve(mean[:, None], process.cholesky(t))[:, 0]
     snr = w @ mean
@@ -486,9 +491,9 @@ def denoise(process, net, m, t, label=None):
 # 4. Samplers: m (B, nC, ...) from the prior -> x (B, C, ...), exactly nfe calls of predict(m, t),
 # no gradients. predict is functools.partial(denoise, process, net, label=label), or anything else
 # that returns x_hat; it may change m in place (completing a picture does), and the sampler goes on
-# from there.
-# The last x_hat is the sample. A cluster of standard deviation std keeps the share std^2/(std^2 +
-# sigma^2) of its variance, sigma the noise at the last call.
+# from there (not `strang`).
+# The last x_hat is the sample. A Gaussian cluster of standard deviation std comes out with the
+# share std^2/(std^2 + sigma^2) of its variance, sigma the noise at the last call.
 # t_end is the time of the last call, or the end of the last step; randn(x) draws unit noise shaped
 # like x.
 
@@ -550,10 +555,10 @@ def linear_flow(process, m, h, randn):
 
 @lru_cache(1000)
 def linear_step(process, h):
-    """E = exp(G^T h) (n, n), and a factor (n, n) of the noise that the step adds, of covariance
-    var (I - E E^T). In a short step that difference has no digits left. So the noise is summed over
-    the time s since it came: columns exp(G^T s) e_n, weighted, at 100 nodes, made square by QR.
-    ValueError where 100 nodes do not resolve the damping."""
+    """E = exp(G^T h) (n, n), and a factor (n, n) of the noise that the step adds. Its covariance is
+    var (I - E E^T), but in a short step that has lost all its digits. So it is integrated, 2 xi var
+    int exp(G^T s) e_n e_n^T exp(G s) ds from 0 to h, at 100 nodes, each a row of `noise`, and QR
+    makes a square factor. ValueError where 100 nodes do not resolve the damping."""
     E = process.transition(h).mT
     s, ds = gauss_legendre(0.0, h, 100)
     weights = 2 * process.damping[1] * process.var * ds
@@ -602,28 +607,28 @@ def ode(process, predict, m, nfe, data_mean=None, ts=None):
 
     data_mean: the mean of what you trained on, 0.0 if that was centred: a number, or a tensor that
     broadcasts to the samples, (C, 1, 1) for channels of images. It is the first x_hat, as nothing
-    is known at the prior (but the little that m tells there), and so the first step is free. A
-    wrong mean moves the samples. None: the first x_hat is one of the nfe calls, at a noise that
-    training hardly meets.
+    is known at the prior (except for the little that m tells), and so the first step is free.
+    A wrong mean moves the samples. None: the first x_hat is one of the nfe calls, at a noise level
+    that training hardly sees.
     ts: the times to visit, nfe of them, one more if the first step is free. None: `times`.
 
-    A step. m = mu x_hat + L eps goes to mu' x_hat + L' eps = A m + b x_hat, with A = L' L^-1 and
-    b = mu' - A mu. In units of L that is d(L^-1 m) = x_hat d(L^-1 mu), and |L^-1 mu| = sqrt(SNR).
-    For one block, n = 1, it is DDIM as it was published.
+    A step. m = mu x_hat + L eps goes to mu_1 x_hat + L_1 eps = A m + b x_hat, with A = L_1 L^-1 and
+    b = mu_1 - A mu at the next time. In units of L that is d(L^-1 m) = x_hat d(L^-1 mu), and
+    |L^-1 mu| = sqrt(SNR). For one block, n = 1, it is DDIM as it was published.
 
-    Second order. x_hat is taken as linear in lambda = log(1 + R sqrt(SNR)) over a step of length
-    h: x + slope l, 0 < l < h. Its mean, weighted by dsqrt(SNR) ~ e^l dl, is x + c slope with
-    c = int l e^l dl / int e^l dl = h/(1 - e^-h) - 1. (L^-1 mu turns a little on the way: that
-    changes the error by a factor, not the order. The free first step leaves out what m tells at the
-    prior: the order shows without it.)
+    Second order. Over a step of length h in lambda = log(1 + R sqrt(SNR)), x_hat is taken to be
+    x + slope l, 0 < l < h, with the slope of the step before (at first 0). Its mean, weighted by
+    d sqrt(SNR) ~ e^l dl, is x + c slope, c = int l e^l dl / int e^l dl = h/(1 - e^-h) - 1.
+    (L^-1 mu turns a little on the way: that changes the error by a factor, not the order. With very
+    many calls the free first step, which leaves out what m tells at the prior, limits it.)
 
-    Corrector. When x_next is known, so is the slope of the step that led there. The step is
-    repeated with it: its mean x_hat is off by shift = c (new slope - slope), m by b shift, and
-    x_next follows as for Gaussian data, dE[x|y]/dy = sigma_data^2/(sigma_data^2 + sigma^2). It
-    costs no call (UniPC). On trained networks it takes 10 to 50 % off the error at 4 to 10 calls.
+    Corrector. x_next shows what the slope of the step to it was, and so what its mean x_hat should
+    have been: more by shift = c (new slope - slope). So m moves by b shift, y by sigma w . b shift,
+    and x_next by the share sigma_data^2/(sigma_data^2 + sigma^2) of that, exact for Gaussian data.
+    It costs no call (UniPC). On trained networks it takes 10 to 50 % off the error (nfe 4 to 10).
 
-    R = sigma_data sqrt(2 d) is the distance between two samples of d numbers: noise that is larger
-    hides which of them it is, and lambda spends few steps there.
+    R = sigma_data sqrt(2 d) is the rms distance between two samples of d numbers: noise that is
+    larger hides which of them it is, and lambda spends few steps there.
     """
     R = clock_rate(process, m)
     free = data_mean is not None and nfe > 1
@@ -641,7 +646,7 @@ def ode(process, predict, m, nfe, data_mean=None, ts=None):
         m = mix(A, m) + mix(b, x + c * slope)
         x_next = predict(m, ts[i])
         if i == len(ts) - 1:
-            return x_next  # a prediction: to move it would blur it
+            return x_next  # a prediction: moving it would blur it
         new_slope = (x_next - x) / h
         shift = c * (new_slope - slope)
         m = m + mix(b, shift)

@@ -146,7 +146,7 @@ class UNet(nn.Module):
         skips = [h]
         for layer in self.down:
             h = layer(h, e) if isinstance(layer, Block) else layer(h)
-            skips.append(h)  # (B, width mult[l], H'/2^l, W'/2^l)
+            skips.append(h)  # (B, c, H'/2^l, W'/2^l)
         for layer in self.middle:
             h = layer(h, e)
         for layer in self.up:
@@ -181,7 +181,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Residual self-attention over the pixels, with heads of about 64 channels."""
+    """Residual self-attention over the pixels; heads have about 64 channels each."""
 
     def __init__(self, c):
         super().__init__()
@@ -208,7 +208,7 @@ class Norm(nn.GroupNorm):
 
 
 def norm(c):
-    """About 32 groups, of at least 4 channels each."""
+    """At most 32 groups, of at least 4 channels each."""
     most = min(32, max(c // 4, 1))
     return Norm(largest_divisor(c, most), c)
 

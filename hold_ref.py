@@ -384,8 +384,8 @@ def training_pair(process, x, t, eps):
 
 def loss(process, net, x, label=None):
     """A scalar to minimise; x (B, C, ...) float. Target "data": `denoiser_loss`. Else the paper's,
-    E|net - eps_n|^2 per dimension, at times even in lambda = log(1 + R sqrt(SNR)): if they were even
-    in t, a high order would hardly ever see low noise. R = 10 is `ode`'s for 200 numbers.
+    E|net - eps_n|^2 per dimension, at times even in lambda = log(1 + R sqrt(SNR)): if they were
+    even in t, a high order would hardly ever see low noise. R = 10 is `ode`'s for 200 numbers.
 
     Both have the same minimiser: with eps_theta = w . m + w_x D, |eps_theta - eps_n|^2 = w_x^2
     |D - x|^2. They differ in how they weight the noise levels, and the denoiser sees y alone. A

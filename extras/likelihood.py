@@ -16,7 +16,6 @@ import math
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -174,11 +173,8 @@ def measure(args):
     folder = args.data_dir
     if args.data is None and folder is None:
         folder = config.data_dir
-    name = args.data or config.data
-    size = config.size
-    if Path(name).is_dir() or name.endswith(".zip"):
-        size = size or model.facts["shape"][-1]
-    dataset = data.load(name, folder or None, config.flip, size)
+    size = config.size or model.facts["shape"][-1]  # of pictures in a folder
+    dataset = data.load(args.data or config.data, folder or None, config.flip, size)
     n = min(args.n or 10**9, len(dataset.test))
     began = time.perf_counter()
     calls = 0

@@ -29,6 +29,8 @@ import hold_ref
 from agm_ref import AGM
 from hold_ref import HOLD
 
+torch.set_num_threads(1)  # tensors are small: more threads would wait for each other
+
 F64 = torch.float64
 AGM_ODE = AGM(target="ode")
 AGM_SDE = AGM(target="sde")

@@ -115,7 +115,8 @@ def measure(argv):
     dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
     if not dataset.is_image or dataset.train_labels is None:
         raise UserError(f"{args.ckpt} is no run on 8-bit images with classes: name another")
-    originals, classes = dataset.held_out(slice(args.n))
+    rows = torch.linspace(0, len(dataset.test) - 1, args.n).long()
+    originals, classes = dataset.held_out(rows)
     name = Path(config.data).stem
     fixed = {f"{key} of {name}": vars(args)[key] for key in ("n", "nfe")}
     results = compare.Results(args.results, fixed)
@@ -135,7 +136,7 @@ def measure(argv):
     for quantity in ("rms", "right"):
         compare.table(printed, quantity, args.rules)
     if args.strip:
-        strip(models["AGM"], originals[:6], args.rules, args.strip)
+        strip(models["AGM"], originals[:: args.n // 6 + 1], args.rules, args.strip)
 
 
 def main(argv=None):

@@ -130,7 +130,7 @@ def pages():
         "few-images": page(images, 4),
         "stochastic": page(noisy, 2),
         "completing": page(each("conditions", known, ["rms"]), 4, **names),
-        "likelihood": page(likely, 2, xlabel="steps of Runge-Kutta"),
+        "likelihood": page(likely, 2, xlabel="steps of Runge-Kutta", log=False),
         "guidance": page(guided, 2, xlabel="guidance", log=False),
         "paper": page(each("paper", ["spiral"], ("sharpness", "w2")), 2),
     }

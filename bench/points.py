@@ -4,7 +4,7 @@
                                                    and 5 for the training of its two networks
     python bench/points.py --group stochastic --data spiral --nfe 10 20 50      10 minutes
     python bench/points.py --group paper --data spiral --nfe 5 10 20 50         25, mostly training
-    python bench/points.py --group likelihood --data gmm --nfe 4 8 16 32        10 minutes
+    python bench/points.py --group likelihood --data gmm --nfe 8 16 32 64        5 minutes
 
 It prints a table for each set and quantity, calls in columns, means and spreads over --seeds
 networks, and keeps them in bench/results, in points.json or GROUP.json. Networks are in --runs,

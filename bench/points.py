@@ -41,7 +41,6 @@ LINES = torch.stack([ANGLES.cos(), ANGLES.sin()])
 GROUPS = [*compare.GROUPS, "paper", "likelihood"]
 PAPER = {  # name -> sampler, and what trains the paper's network
     "AGM, exponential": (agm_ref.exponential, "--method agm --target ode"),
-    "HOLD 1, strang": (hold_ref.strang, "--method hold --order 1 --target noise"),
     "HOLD 3, strang": (hold_ref.strang, "--method hold --order 3 --target noise"),
 }
 

@@ -533,8 +533,6 @@ def train(config, ckpt=None):
                 finish(log, run, dataset, out, step, pace.minutes(), share == 1, halted)
             elif RANK == 0 and step == max(config.steps // 20, 1):
                 draw_picture(run, out / f"step-{step:07d}.png")
-    if WORLD > 1:
-        distributed.destroy_process_group()
     if halted and share < 1:
         log.say(f"stopped at step {step}, which is saved: --resume --out '{out}' goes on")
         sys.exit(128 + halted)
@@ -721,3 +719,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
+    if WORLD > 1:
+        distributed.destroy_process_group()

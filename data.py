@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from formats import official, pictures
-from formats.files import UserError, why
+from formats.files import UserError, absolute, why
 from formats.png import extent, histogram, image_grid, titled
 
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.npz"
@@ -338,7 +338,7 @@ def load(name, data_dir=None, flip=None, size=0):
         return Dataset(name, "points", train, test, draw=draw)
     if name in OFFICIAL:
         path = Path(name)
-        found = official.load(name, data_dir and Path(data_dir).expanduser())
+        found = official.load(name, data_dir and absolute(data_dir))
     elif name == "digits":
         path = DIGITS_FILE
         found = read_array(path) | {"held_out": slice(4, None, 5)}
@@ -361,24 +361,28 @@ def shape_of(name, size=0):
         raise UserError(f"--size {size} {fix}")
     if path is None:
         return SHAPES[name]
-    array, _ = as_samples(path, read_array(path)["array"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `load` gives them again
+        array, _ = as_samples(path, read_array(path)["array"])
     _, *sides, channels = array.shape
     return (channels, *sides)
 
 
 def path_of(name, size):
     """The array file, or the folder or zip of pictures, of that name. UserError if neither."""
-    path = Path(name).expanduser()
+    path = Path(name)
+    if name.startswith("~"):
+        path = absolute(path)
     wanted = f"give {', '.join(NAMES)}, an .npy/.npz file, a folder or zip of pictures"
     if not os.path.exists(path):  # which is False for a name that is too long, too
         neighbours = [str(neighbour) for neighbour in path.parent.glob("*")]
-        near = difflib.get_close_matches(name.lower(), NAMES + neighbours, 1)
+        near = difflib.get_close_matches(name.lower(), {*NAMES, *neighbours} - {name}, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"no such file or folder, and no data set {name[:99]!r}{hint}: {wanted}")
     if path.is_file() and path.suffix not in (*ARRAYS, ".zip", ".ZIP"):
         raise UserError(f"{path} is no data: {wanted}")
     if path.suffix not in ARRAYS and not size:
-        fix = "add --size, the pixels a side that they are brought to, say 64"
+        fix = "add --size, the pixels a side that they are brought to: 16 on a CPU"
         raise UserError(f"{path} is for pictures: {fix}")
     return path
 
@@ -396,6 +400,8 @@ def read_array(path):
             loaded = np.load(file, allow_pickle=False)
             keys = set(loaded.files) - {"labels", "names"}
             chosen = keys if len(keys) == 1 else keys & {"images", "x"}
+            if len(chosen) == 2:
+                raise ValueError("it holds images and x: keep one of them")
             if len(chosen) != 1:
                 held = ", ".join(loaded.files) or "nothing"
                 raise ValueError(f"it holds {held:.99}: call the samples images or x")
@@ -516,7 +522,10 @@ def check_labels(path, labels, names, n):
     high = labels.max()
     if low < 0 or high >= 10_000:
         raise UserError(f"{path}: labels must be from 0 to 9999; found {low} to {high}")
-    names = np.ravel(names if len(names) else range(high + 1)).astype(str)
+    names = np.ravel(names if len(names) else range(high + 1))
+    if names.dtype.kind == "S":
+        names = np.char.decode(names, "utf-8", "replace")
+    names = names.astype(str)
     if high >= len(names):
         raise UserError(f"{path} has labels up to {high}, but {len(names)} names: give all names")
     return labels.astype(np.int64), names.tolist()
@@ -579,19 +588,19 @@ def warn_of_fill(path, some):
     """A value that stands for "missing", as -9999 does: frequent, and far from all others."""
     for values in np.moveaxis(some, 2, 0):
         found, counts = np.unique(values, return_counts=True)
-        value = found[counts.argmax()]
-        share = counts.max() / values.size
-        others = values[values != value]
-        if share < 0.005 or not len(others):
-            continue
-        low, middle, high = np.quantile(others, (0.25, 0.5, 0.75))
-        if abs(value - middle) > 20 * (high - low) > 0:
-            warn(
-                path,
-                f"{100 * share:.2g} % of the values are {value:.6g}, far from all others: if that"
-                " stands for missing values, fill them, say with the mean",
-            )
-            return
+        for value in {found[counts.argmax()], found[0], found[-1]}:
+            is_value = values == value
+            others = values[~is_value]
+            if is_value.sum() < max(3, 0.001 * values.size) or not len(others):
+                continue
+            low, middle, high = np.quantile(others, (0.05, 0.5, 0.95))
+            if abs(value - middle) > 20 * (high - low) > 0:
+                warn(
+                    path,
+                    f"{100 * is_value.mean():.2g} % of the values are {value:.6g}, far from all"
+                    " others: if that stands for missing values, fill them, say with the mean",
+                )
+                return
 
 
 def warn_of_far_rows(path, some, scale):

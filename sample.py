@@ -30,7 +30,7 @@ import data
 import train
 from extras import clock
 from formats.command import Options, Stopping, flag, option, parser, run
-from formats.files import UserError, make_folder, why, write_files
+from formats.files import UserError, make_folder, say, why, write_files
 from formats.png import apng, png, write_png
 
 
@@ -280,13 +280,11 @@ def pick_classes(args, model):
     if model.config.classes:
         known = [i for i, count in enumerate(model.facts["counts"]) if count]
     name = args.class_
-    if name is None or (name == "all" and known):
+    found = [i for i in known if names[i] == name]  # a name counts before anything else
+    if name is None or (name == "all" and known and not found):
         found = known
-    elif name == "none":
-        found = []
-    else:
-        # a name counts before a number
-        found = [i for i in known if names[i] == name] or [i for i in known if str(i) == name]
+    elif name != "none" and not found:
+        found = [i for i in known if str(i) == name]
         if not found:
             some = shorten(", ".join(names[i] for i in known), 300, placeholder=" ...")
             raise UserError(f"no --class {name:.40}: the net knows {some or 'none'}")
@@ -343,7 +341,7 @@ def collect(model, args, n, stopping, watch=None, **how):
             arrays.append(array)
             labels.append(label)
     if not arrays:
-        print("stopped before a batch was drawn: nothing was written", file=sys.stderr)
+        say("stopped before a batch was drawn: nothing was written", sys.stderr)
         sys.exit(128 + stopping.number)
     return np.concatenate(arrays), None if labels[0] is None else np.concatenate(labels)
 
@@ -353,7 +351,7 @@ def say_progress(share, began):
     left = (time.perf_counter() - began) * (1 / share - 1) / 60
     with suppress(OSError, ValueError, AttributeError):  # a terminal that is gone costs nothing
         if left > 0.1 and sys.stderr.isatty():
-            print(f"{share:.0%} done, {left:.1f} minutes left ", end="\r", file=sys.stderr)
+            say(f"{share:.0%} done, {left:.1f} minutes left ", sys.stderr, end="\r")
 
 
 def draw_and_save(model, args, n, classes, pictures, note="", pngs=(), **how):
@@ -381,12 +379,12 @@ def draw_and_save(model, args, n, classes, pictures, note="", pngs=(), **how):
         calls = 2
         note += f" ({args.nfe} calls of the sampler, 2 network calls each)"
     sampler = args.sampler or next(iter(model.method.SAMPLERS))
-    print(f"{len(array)} samples of {model.path} (target {model.config.target}) by {model.process}")
-    print(f"sampler {sampler} NFE {calls * args.nfe}{note} seconds/sample {seconds:.5f}")
-    print(f"wrote samples.npz, {', '.join(drawn)} in {out}")
+    say(f"{len(array)} samples of {model.path} (target {model.config.target}) by {model.process}")
+    say(f"sampler {sampler} NFE {calls * args.nfe}{note} seconds/sample {seconds:.5f}")
+    say(f"wrote samples.npz, {', '.join(drawn)} in {out}")
     if stopping.number and len(array) < n:
         rest = f"--first {args.first + len(array)} --n {n - len(array)}"
-        print(f"stopped: {rest} with another --out draws the rest", file=sys.stderr)
+        say(f"stopped: {rest} with another --out draws the rest", sys.stderr)
         sys.exit(128 + stopping.number)
 
 
@@ -404,7 +402,7 @@ def sample(args):
     pick_sampler(model, args.sampler, args.nfe, grid)  # refuses before anything is written
 
     # how many samples, and where they go
-    n = args.n or max(64, 8 * len(classes))
+    n = args.n or min(max(64, 8 * len(classes)), 1024)
     if facts["kind"] == "points":
         n = args.n or 10_000
     pngs = new_pngs(args, facts, n)

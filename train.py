@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import zipfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ import nets
 from extras import clock
 from formats import command
 from formats.command import HEARD, Options, Stopping, flag, option, parser
-from formats.files import UserError, why, write_files
+from formats.files import UserError, absolute, say, why, write_files
 from formats.png import write_png
 
 # The methods: the page with loss, denoise and SAMPLERS, and the process. One of your own, added
@@ -116,14 +115,14 @@ def configure(argv):
             args[key] = tuple(value)
     for key in ("data", "data_dir"):  # absolute, so that a resumed run finds them from any folder
         if args[key] and args[key] not in data.NAMES:
-            args[key] = str(Path(args[key]).expanduser().resolve())
+            args[key] = str(absolute(args[key]))
     if args["order"] != Config.order and not has_order(METHODS[args["method"]][1]):
         raise UserError(f"{args['method']} has no --order: leave it out, or add --method hold")
     if ckpt:
         check_changes(defaults, args)
         if given.minutes:
             ckpt["minutes"] = 0.0  # of the schedule that begins now
-        elif args["steps"] != defaults.steps:
+        elif any(word.split("=")[0] == "--steps" for word in argv):
             args["minutes"] = 0.0
     return Config(**args), ckpt
 
@@ -179,13 +178,15 @@ def pick_device(name):
     elif name == "auto":
         name = "cpu"
     try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("it is none of cpu, cuda, mps")
         if name == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if name.startswith("cuda"):
             torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
             torch.backends.cudnn.benchmark = True
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
         raise UserError(f"cannot use --device {name} ({why(error):.100}): leave it out") from None
 
 
@@ -335,7 +336,7 @@ def load_checkpoint(path=None):
 
 def check_parts(ckpt):
     """ValueError for a checkpoint of another program or version, or with broken weights."""
-    if not {"config", "net"} <= ckpt.keys():
+    if not isinstance(ckpt, dict) or not {"config", "net", "ema", "data"} <= ckpt.keys():
         raise ValueError("another program wrote it")
     if ckpt.get("layout", 1) > LAYOUT:
         raise ValueError("a newer version of this program wrote it")
@@ -358,8 +359,11 @@ def load_weights(net, weights, path):
 # -------------------------------------------------------------------------------------------------
 # Several processes, started by torchrun: each takes its part of a batch, the first one writes
 
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0
+WORLD = 1
+RANK = 0
+if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():  # all three are torchrun's
+    WORLD = int(os.environ["WORLD_SIZE"] or 1)
+    RANK = int(os.environ["RANK"] or 0) if WORLD > 1 else 0
 
 
 def in_parallel(net):
@@ -431,7 +435,10 @@ class Log:
     Losses are added up on the device: to read each would wait for each update."""
 
     def __init__(self, path, device):
-        self.file = open(path, "a", errors="replace") if RANK == 0 else None  # noqa: SIM115
+        try:
+            self.file = open(os.devnull if RANK else path, "a", errors="replace")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({why(error)}): choose another --out") from None
         self.device = device
         self.clear()
 
@@ -443,12 +450,10 @@ class Log:
     def say(self, line):
         if RANK:
             return
-        with suppress(OSError, ValueError, AttributeError):  # a closed terminal, none at all
-            print(line, flush=True)
-        with suppress(OSError, ValueError):  # a full disk
-            while HEARD:
-                print(f"warning: {HEARD.pop(0)}", file=self.file)
-            print(line, file=self.file, flush=True)
+        say(line)
+        while HEARD:
+            say(f"warning: {HEARD.pop(0)}", self.file)
+        say(line, self.file)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -486,6 +491,7 @@ def train(config, ckpt=None):
     pace = Pace(config, start, ckpt["minutes"] if ckpt else 0.0)
     announce(log, run, dataset, start)
     share = pace.share(step)
+    is_shown = start > 0
     halted = 0
     with Stopping() as stopping:
         while share < 1 and not halted:
@@ -531,8 +537,9 @@ def train(config, ckpt=None):
             # checkpoint and picture; the first picture comes early
             if saves and RANK == 0:
                 finish(log, run, dataset, out, step, pace.minutes(), share == 1, halted)
-            elif RANK == 0 and step == max(config.steps // 20, 1):
+            elif RANK == 0 and share >= 0.05 and not is_shown:
                 draw_picture(run, out / f"step-{step:07d}.png")
+            is_shown = is_shown or saves or share >= 0.05
     if halted and share < 1:
         log.say(f"stopped at step {step}, which is saved: --resume --out '{out}' goes on")
         sys.exit(128 + halted)
@@ -596,20 +603,20 @@ def announce(log, run, dataset, start):
     log.say(f"{type(run.net).__name__} of {size:.2f}M parameters, from update {start} {until}")
     names = [f"{i} {name}" for i, name in enumerate(facts["names"])]
     if config.classes:
-        log.say("classes: " + ", ".join(names))
+        log.say("classes: " + ", ".join(names[:20]) + ", ..." * (len(names) > 20))
     elif names:
         log.say(f"--classes would learn the {len(names)} classes: samples by class are better")
 
     # what pictures of that size needed in our runs
     side = max(facts["shape"][1:], default=0)
-    if dataset.device.type != "cpu" or side <= 12:
+    if dataset.device.type != "cpu" or side <= 12 or not dataset.is_image:
         return
     if side <= 20:
         log.say("pictures of 16 pixels were good after half an hour on one core, by class")
-    else:
+    elif config.size:
         log.say("pictures of 32 pixels were blobs after half an hour on one core: try --size 16")
-    gpu = preset_for(facts["shape"], "cuda")
-    log.say("on a GPU the defaults are: " + " ".join(f"{key} {gpu[key]}" for key in gpu))
+    else:
+        log.say("pictures of 32 pixels were blobs after half an hour on one core")
 
 
 def forget_some(label, none):
@@ -649,8 +656,7 @@ def outlook(config, speed, left):
     line = (
         f"an update takes {1 / speed:.3f} s: a checkpoint and a picture every {every:.1f} minutes"
     )
-    line += f", the first picture at step {max(config.steps // 20, 1)}"
-    line += f"; the run ends in {left:.1f} minutes, at {ends}"
+    line += f", the first picture after a twentieth; the run ends in {left:.1f} minutes, at {ends}"
     if left > 24 * 60:
         line += f": {left / 1440:.1f} days; lower --steps, --width or --size, or give --minutes"
     return line

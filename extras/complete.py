@@ -25,8 +25,9 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 import data
 import sample
+import train
 from formats.command import flag, option, parser, run
-from formats.files import UserError
+from formats.files import UserError, say
 from formats.pictures import read, read_mask
 from formats.png import image_grid, png
 
@@ -287,6 +288,7 @@ def picture_of(args, model):
         return pixels / 127.5 - 1, path
     config = model.config
     dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
+    train.check_same(dataset.summary(), model.facts, config.data)
     if args.held_out >= len(dataset.test):
         raise UserError(f"--held-out must be below {len(dataset.test)}, the number of them")
     x, _ = dataset.held_out(slice(args.held_out, args.held_out + 1))
@@ -362,7 +364,7 @@ def complete(args):
         cells = rows(array, data.finish(beside, model.facts))
         return {"samples.png": png(cells)}
 
-    print(f"{name} stands first in each row of samples.png")
+    say(f"{name} stands first in each row of samples.png")
     note = f" with {passes} backward passes each" if passes else ""
     sample.draw_and_save(model, args, args.n, classes, pictures, note, condition=rule)
 

@@ -24,7 +24,7 @@ import sample
 import train
 from formats.command import Options as Base
 from formats.command import option, parser, run
-from formats.files import UserError
+from formats.files import UserError, say
 
 
 @dataclass(frozen=True)
@@ -191,13 +191,13 @@ def measure(args):
     mean = float(values.mean())
     error = float(values.std()) / math.sqrt(n)
     minutes = (time.perf_counter() - began) / 60
-    print(f"negative log-likelihood <= {mean:.4f} +- {error:.4f} {unit}")
-    print(f"(standard error over {n} held-out samples of {dataset.name}), {minutes:.1f} minutes")
+    say(f"negative log-likelihood <= {mean:.4f} +- {error:.4f} {unit}")
+    say(f"(standard error over {n} held-out samples of {dataset.name}), {minutes:.1f} minutes")
     if unit == "bits/dim" and mean > 8:
         cause = "the network does not know these data"
         if args.steps < 96:
             cause = f"{args.steps} steps are too few, try --steps 96, or {cause}"
-        print(f"that is worse than uniform noise, which has 8 bits/dim: {cause}")
+        say(f"that is worse than uniform noise, which has 8 bits/dim: {cause}")
 
 
 def main(argv=None):

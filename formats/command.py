@@ -13,12 +13,11 @@ import signal
 import sys
 import threading
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 
 import torch
 
-from formats.files import UserError, why
+from formats.files import UserError, say, why
 
 
 def option(default, help, low=None, high=None, choices=(), may_change=False, kind=None):
@@ -116,6 +115,7 @@ HEARD = []  # warnings so far, for log.txt
 def run(body):
     """Calls body. A UserError, too little memory or a missing compiler prints one line and exits
     with a status that is not 0. Any other error keeps its traceback."""
+    HEARD.clear()
     former = warnings.showwarning
     warnings.showwarning = hear
     if hasattr(sys.stdout, "reconfigure"):  # a console that cannot show the name of a class
@@ -140,8 +140,7 @@ def run(body):
 def hear(message, *where, **more):
     """A warning on one line, which goes to log.txt, too."""
     HEARD.append(why(message))
-    with suppress(OSError, ValueError, AttributeError):  # no terminal
-        print(f"warning: {why(message)}", file=sys.stderr)
+    say(f"warning: {why(message)}", sys.stderr)
 
 
 def is_of_memory(error):

@@ -23,6 +23,12 @@ def why(error):
     return text[:300] or type(error).__name__
 
 
+def say(text, stream=None, end="\n"):
+    """Prints, by default to stdout. A terminal or pipe that is gone costs nothing."""
+    with suppress(OSError, ValueError, AttributeError):
+        print(text, file=stream, end=end, flush=True)
+
+
 def write_files(files, fix="make room, or choose another folder"):
     """Write {path: bytes or function(file)}, all of them or none: first under temporary names,
     then each is renamed. UserError where that fails, with the fix."""
@@ -55,6 +61,14 @@ def make_folder(path):
     return Path(path)
 
 
+def absolute(path):
+    """The absolute path, with ~ for a home folder. UserError for the home of nobody."""
+    try:
+        return Path(os.path.abspath(Path(path).expanduser()))
+    except RuntimeError as error:
+        raise UserError(f"no such folder: {path} ({why(error)})") from None
+
+
 def cache_dir():
     """The folder for downloads and converted pictures. It may be deleted at any time."""
     folder = os.environ.get("XDG_CACHE_HOME")
@@ -82,7 +96,7 @@ def cached(source, size, files, pictures, state):
             file.write(np.ascontiguousarray(picture))
             n += 1
             if n % 500 == 0:
-                print(f"{source}: {n} pictures read", end="\r", file=sys.stderr, flush=True)
+                say(f"{source}: {n} pictures read", sys.stderr, end="\r")
         file.seek(0)
         header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
         np.lib.format.write_array_header_1_0(file, header)

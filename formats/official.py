@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import torch
 
-from formats.files import UserError, cache_dir, cached, why
+from formats.files import UserError, cache_dir, cached, say, why
 
 # each file, and its SHA-256
 ZALANDO = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"
@@ -66,7 +66,7 @@ def fetch(url, sha256, folder, read):
     try:
         if folder is None and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            print(f"downloading {url} to {path}", flush=True)
+            say(f"downloading {url} to {path}")
             # the file appears whole, or not at all
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         return read(path)

@@ -21,18 +21,19 @@ import os
 import sys
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from formats.files import MARK, UserError, cached, why
+from formats.files import MARK, UserError, cached, say, why
 
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM".split()  # Pillow's others could start foreign programs
 ENDINGS = tuple(".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .ppm .pgm".split())
 HELD_OUT = {"test", "val", "valid", "validation"}
 OF_A_RUN = {"ckpt.pt", "log.txt", "samples.npz"}  # files that mark a folder of this program
+CHANNELS = ((), (1,), (3,))
 DEEP = "largest of 16 bits"
 COLOUR = "in colour"
 
@@ -65,7 +66,7 @@ def opened(file):
             raise ValueError("its values are not from 0 to 65535")
         changes[DEEP] = int(values.max())
         image = Image.fromarray((values / 257).round().astype(np.uint8))
-    elif has_16_bits:
+    elif has_16_bits and not image.has_transparency_data:
         changes[DEEP] = 257 * int(np.asarray(image.convert("RGB")).max())
 
     if image.has_transparency_data:
@@ -101,9 +102,14 @@ def read(path):
         if str(path).endswith(".npy"):
             array = np.load(path, allow_pickle=False)
         else:
-            array = np.asarray(decode(path)[0])
-        if array.dtype != np.uint8 or array.ndim not in (2, 3):
+            image, changes = decode(path)
+            array = np.asarray(image)
+            if 0 <= changes.get(DEEP, -1) < 2**14:
+                raise ValueError("its 16-bit values are all small: give an .npy of 8 bits")
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in CHANNELS:
             raise ValueError(f"it is {array.dtype} {array.shape}, not uint8 (H, W) or (H, W, C)")
+        if not array.size:
+            raise ValueError("it is empty")
     return array
 
 
@@ -171,7 +177,7 @@ def load(path, size):
     if not names:
         wanted = f"give a folder or zip with {' '.join(ENDINGS)}"
         raise UserError(f"no pictures in {path} ({text}): {wanted}")
-    print(f"{path}: {text}", file=sys.stderr)
+    say(f"{path}: {text}", sys.stderr)
     return {
         "array": array if COLOUR in state["changed"] else array[..., :1],
         "labels": labels,
@@ -180,6 +186,15 @@ def load(path, size):
         "no_labels": reason,
         "files": names,
     }
+
+
+def is_our_log(opened):
+    """Whether a log.txt is that of train.py, which begins with the process; or of a run that has
+    just begun. Others have files of that name, too."""
+    with suppress(Exception), opened() as file:
+        head = file.read(4000)
+        return not head or b"sigma_data=" in head
+    return False
 
 
 def sort_out(path):
@@ -191,7 +206,11 @@ def sort_out(path):
         fix = "give a folder or zip of pictures"
         raise UserError(f"cannot read {path} ({why(error)}): {fix}") from None
 
-    run_folders = {name.rpartition("/")[0] for name in files if name.split("/")[-1] in OF_A_RUN}
+    run_folders = set()
+    for name in files:
+        folder, _, last = name.rpartition("/")
+        if last in OF_A_RUN and (last != "log.txt" or is_our_log(files[name])):
+            run_folders.add(folder)
     run_folders.discard("")  # the folder that was asked for
     found = {}
     lists = []

@@ -535,6 +535,13 @@ def test_the_folder_of_a_run_is_left_out_and_counted(name, capsys):
     assert "2 files in run folders of this program left out" in said_of(capsys)
 
 
+def test_a_log_of_somebody_else_hides_no_class():
+    paint("s/a/1.png", flat(9))
+    paint("s/b/1.png", flat(7))
+    Path("s/b/log.txt").write_text("fetched 1.png\n")
+    assert loaded()["names"] == ["a", "b"]
+
+
 def test_the_folder_that_was_asked_for_may_be_that_of_a_run():
     paint("s/1.png", flat(9))
     Path("s/log.txt").touch()

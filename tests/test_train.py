@@ -340,6 +340,13 @@ def test_minutes_are_added_by_resume(no_pictures, monkeypatch):
     assert read("run")["step"] == 90
 
 
+def test_a_run_of_minutes_goes_on_by_steps(no_pictures, monkeypatch):
+    Clock(monkeypatch)
+    train.main([*POINTS, "--steps", "70", "--minutes", "1", "--out", "run"])
+    train.main("--resume --out run --steps 70".split())
+    assert read("run")["step"] == 70
+
+
 def test_a_stopped_run_of_minutes_does_the_rest_of_them(no_pictures, monkeypatch):
     Clock(monkeypatch)
     with monkeypatch.context() as patch:
@@ -605,10 +612,10 @@ def test_a_signal_to_one_process_stops_both_once(two_processes):
     assert_same_run(folder / "whole", folder / "cut")
 
 
-@pytest.mark.parametrize("value", ["1", ""])
-def test_a_left_over_RANK_without_WORLD_SIZE_changes_nothing(value):
+@pytest.mark.parametrize("left", [{"RANK": "1"}, {"RANK": ""}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_left_overs_of_torchrun_change_nothing(left):
     argv = [sys.executable, str(ROOT / "train.py"), *POINTS, "--steps", "1", "--out", "run"]
-    done = subprocess.run(argv, env=CHILD | {"RANK": value}, capture_output=True, text=True)
+    done = subprocess.run(argv, env=CHILD | left, capture_output=True, text=True)
     assert done.returncode == 0
     assert "step 1 " in done.stdout
     assert Path("run/ckpt.pt").exists()
@@ -628,6 +635,8 @@ MISTAKES = {
     "--steps x": "--steps",
     "--lr nan": "--lr must be from",
     "--device nowhere": "cannot use --device nowhere",
+    "--device meta": "cannot use --device meta",
+    "--data ~nobodys/x": "no such",
     "--method hodl": "--method must be one of agm, hold",
     "--order 5": "agm has no --order",
     "--colour": "--colour",

@@ -49,13 +49,18 @@ def rows_of(name):
 
 
 def curves(name, title, quantity):
-    """{(who, kind): [(x, mean, spread) ...]} of a set; of best grids, those for that quantity."""
+    """{(who, kind): {x: (mean, spread)}} of a set. best: the lowest of all grids of a peer."""
     found = {}
     for (of, who, kind, x), row in rows_of(name):
-        is_other = kind.startswith("best") and kind != f"best {quantity}"
-        if of == title and not is_other and quantity in row["mean"]:
-            spread = row.get("spread", {}).get(quantity, 0.0)
-            found.setdefault((who, kind), []).append((x, row["mean"][quantity], spread))
+        if of == title and quantity in row["mean"]:
+            kind = "best" if kind.startswith("best") else kind
+            points = found.setdefault((who, kind), {})
+            point = row["mean"][quantity], row.get("spread", {}).get(quantity, 0.0)
+            points[x] = min(point, points.get(x, point))
+    for (who, kind), points in found.items():
+        if kind == "best":
+            for x, point in found[who, "default"].items():
+                points[x] = min(point, points.get(x, point))
     return found
 
 
@@ -67,11 +72,12 @@ def panel(ax, name, title, quantity, xlabel="network calls", log=True, by_name=F
         ax.set(xscale="log", yscale="log")
     for (who, kind), points in curves(name, title, quantity).items():
         if kind == "":
-            ax.axhline(points[0][1], color="0.8", lw=3, zorder=0, label=who)
+            ax.axhline(points["0"][0], color="0.8", lw=3, zorder=0, label=who)
             continue
         if who not in BOLD and who not in others:
             others.append(who)
-        x, mean, spread = zip(*points, strict=True)
+        x = list(points)
+        mean, spread = np.transpose(list(points.values()))
         if by_name:
             x = [name.replace(" ", "\n", 1) for name in x]
         else:

@@ -1,8 +1,9 @@
 """What the scripts of bench/ share: contenders, their samples, results that are files. No command.
 
 Results are kept in bench/results/NAME.json after every number: another call goes on where one
-stopped. The file says what was run, when, where and at which commit; a row has the numbers of each
-seed, their mean and their standard deviation.
+stopped. (Two at the same time would overwrite each other's.) The file says what was run, when,
+where and at which commit; a row has the numbers of each seed, their mean and their standard
+deviation.
 """
 
 import argparse
@@ -151,14 +152,14 @@ def table(rows, quantity, columns):
     for title, found in rows.items():
         cells = []
         for column in columns:
-            row = found.get(column, {"mean": {}})
+            row = found[column]
             cell = ""
             if quantity in row["mean"]:
                 cell = f"{row['mean'][quantity]:.4g}"
-            if "spread" in row:
-                cell += f" ± {row['spread'][quantity]:.2g}"
+                if "spread" in row:
+                    cell += f" ± {row['spread'][quantity]:.2g}"
             cells.append(cell)
-        print(f"| {title} |" + "".join(f" {cell} |" for cell in cells), flush=True)
+        print(f"| {title} |" + "".join(f" {cell} |" for cell in cells))
 
 
 # -------------------------------------------------------------------------------------------------

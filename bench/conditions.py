@@ -118,7 +118,7 @@ def measure(argv):
     rows = torch.linspace(0, len(dataset.test) - 1, args.n).long()
     originals, classes = dataset.held_out(rows)
     name = Path(config.data).stem
-    fixed = {f"{key} of {name}": vars(args)[key] for key in ("n", "nfe")}
+    fixed = {f"n of {name}": args.n, f"nfe of {name}": args.nfe}
     results = compare.Results(args.results, fixed)
     own = partial(scores, originals, originals, classes, dataset, 1.0)
     results.of(compare.key_of(name, "original", "", 0), 0, own)

@@ -20,6 +20,7 @@ import sys
 import warnings
 import zlib
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -226,8 +227,8 @@ def score(argv):
             return net(x / 127.5 - 1)
 
     def seen(*sources):
-        parts = (batches(source, args.batch, shape) for source in sources)
-        return moments(features(x) for part in parts for x in part)
+        parts = [batches(source, args.batch, shape) for source in sources]
+        return moments(features(x) for x in chain(*parts))
 
     found = seen(samples)
     distance = frechet(found, reference or seen(*images))

@@ -42,16 +42,11 @@ def write(fig, path):
     write_files({path: lambda file: small.save(file, "png", optimize=True)})
 
 
-def rows_of(name):
-    """The rows of a results file as (parts of the key, row)."""
-    rows = compare.Results(compare.RESULTS / f"{name}.json").rows
-    return [(key.split(" | "), row) for key, row in rows.items()]
-
-
 def curves(name, title, quantity):
     """{(who, kind): {x: (mean, spread)}} of a set. best: the lowest of all grids of a peer."""
     found = {}
-    for (of, who, kind, x), row in rows_of(name):
+    for key, row in compare.Results(compare.RESULTS / f"{name}.json").rows.items():
+        of, who, kind, x = key.split(" | ")
         if of == title and quantity in row["mean"]:
             kind = "best" if kind.startswith("best") else kind
             points = found.setdefault((who, kind), {})
@@ -87,7 +82,7 @@ def panel(ax, name, title, quantity, xlabel="network calls", log=True, by_name=F
             ax.set_xticks([], minor=True)
         is_ours = who in BOLD and kind not in STYLES
         look = {
-            "color": BOLD.get(who) or OTHERS[others.index(who) % len(OTHERS)],
+            "color": BOLD.get(who) or OTHERS[others.index(who)],
             "ls": "" if by_name else STYLES.get(kind, "-"),
             "lw": 2.4 if is_ours else 1.1,
             "marker": "o" if is_ours else ".",

@@ -595,7 +595,7 @@ def announce(log, run, dataset, start):
     log.say(str(run.process))
     if config.target == "data":
         log.say("it learns to remove noise: sample.py draws from it by any method and order")
-    log.say(f"{config.data}: {data.describe(dataset)}")
+    log.say(f"{config.data}: {data.describe(dataset)}, {len(dataset.test)} more held out")
     size = sum(p.numel() for p in run.net.parameters()) / 1e6
     until = f"to {config.steps}"
     if config.minutes:

@@ -50,7 +50,6 @@ def name_of(value):
         return f"AGM-{value.target}"
     if isinstance(value, HOLD):
         return f"HOLD{value.n}-{value.target}"
-    return None
 
 
 def each(*processes):
@@ -745,7 +744,7 @@ SAMPLER_CASES = [
 
 
 def samplers_but(*left_out):
-    cases = [(process, name) for process, name in SAMPLER_CASES if name not in left_out]
+    cases = [case for case in SAMPLER_CASES if case[1] not in left_out]
     return pytest.mark.parametrize(("process", "name"), cases, ids=name_of)
 
 

@@ -726,4 +726,5 @@ def main(argv=None):
 if __name__ == "__main__":
     main()
     if WORLD > 1:
+        distributed.barrier()  # the first process saves last
         distributed.destroy_process_group()

@@ -575,6 +575,8 @@ def in_each_of_two_processes():
         status_of([*POINTS, "--save-every", "99", "--out", "cut"])
     train.distributed.barrier()
     train.main("--resume --out cut".split())
+    train.distributed.barrier()  # the end of train.py does the same
+    train.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -204,7 +204,7 @@ def keywords(sampler, model, m, nfe, randn, mean, grid):
     takes = inspect.signature(sampler).parameters
     given = dict(grid, randn=randn, data_mean=mean)
     # times where the network bends, unless the caller has times or wants even ones
-    if model.bend and grid.get("grid") != "even":
+    if "ts" in takes and model.bend and grid.get("grid") != "even":
         R = model.method.clock_rate(model.process, m)
         free = mean is not None and "data_mean" in takes
         ts = clock.learned_times(model.method, model.process, nfe, R, **model.bend, free=free)

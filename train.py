@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node=4 train.py   on four GPUs
 """
 
 import copy
+import itertools
 import math
 import os
 import sys
@@ -266,23 +267,31 @@ def check_same(found, facts, name):
 
 def new_folder(config):
     """The folder of a new run. mkdir is atomic, so no two runs get the same."""
-    base = config.out.removesuffix("/ckpt.pt") or f"runs/{config.method}-{Path(config.data).stem}"
+    if config.out:
+        return asked_folder(Path(config.out.removesuffix("/ckpt.pt")))
+    base = f"runs/{config.method}-{Path(config.data).stem}"
     out = Path(base)
-    number = 1
-    try:
-        if config.out and out.is_dir() and not any(out.iterdir()):
+    for number in itertools.count(2):
+        try:
+            out.mkdir(parents=True)
             return out
-        while True:
-            try:
-                out.mkdir(parents=True)
-                return out
-            except FileExistsError:
-                if (out / "ckpt.pt").exists() and config.out:
-                    raise UserError(f"{out} has a run: --resume, or another --out") from None
-                if config.out:
-                    raise UserError(f"{out} is not empty: choose another --out") from None
-            number += 1
+        except FileExistsError:
             out = Path(f"{base}-{number}")
+        except OSError as error:
+            raise UserError(f"cannot make {out} ({why(error)}): choose another --out") from None
+
+
+def asked_folder(out):
+    """The folder of --out, new or empty. UserError if it is neither."""
+    try:
+        if out.is_dir() and not any(out.iterdir()):
+            return out
+        out.mkdir(parents=True)
+        return out
+    except FileExistsError:
+        if (out / "ckpt.pt").exists():
+            raise UserError(f"{out} has a run: --resume, or another --out") from None
+        raise UserError(f"{out} is not empty: choose another --out") from None
     except OSError as error:
         raise UserError(f"cannot make {out} ({why(error)}): choose another --out") from None
 

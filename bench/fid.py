@@ -36,7 +36,8 @@ import train
 from formats import command, pictures
 from formats.files import UserError, why, write_files
 
-NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
+NVIDIA += "/inception-2015-12-05.pt"
 
 
 def moments(parts):

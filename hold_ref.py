@@ -13,6 +13,9 @@ critically damped Langevin (CLD), 3 is HOLD.
 
 Images need not be centred, but then their mean is the data_mean of the last line.
 
+Read agm_ref.py first. The same there, word for word: section 3 of this text, `Process` and what it
+uses, `denoiser_loss` to `to_z`, `ode` and its grid, the small tools at the end.
+
 Here the data x are (64, 3, 32, 32), the state m = cat(q, v, a) is (64, 9, 32, 32), and what the
 network sees and returns is (64, 3, 32, 32) again.
 
@@ -38,25 +41,28 @@ The end is stationary, as G + G^T = -2 xi E_nn takes out what the noise puts in.
 L^-1, G its F.)
 
 Critical damping, the default: gamma and xi are such that all n eigenvalues of G equal one lam < 0.
-(They sum to -xi: at this xi no largest real part is smaller.) Let P_k(s) = det(s - G) of the first
-k blocks, without friction. Expanded from the damped end, the determinant of the whole gives
+(Real parts sum to -xi, so the largest is at least -xi/n: equal ones decay fastest.) Let P_k(s) =
+det(s - G) of the first k blocks, without friction. Expanded from the damped end, the determinant of
+the whole gives
 
     (s - lam)^n = P_n + xi P_n-1,     P_k = s P_k-1 + gamma_k-1^2 P_k-2,     P_0 = 1, P_1 = s
 
 P_k has the parity of k, so P_n and xi P_n-1 are the two halves of (s - lam)^n, with even and with
-odd powers of s. Dividing the recursion by P_k-1, again and again, makes their quotient a continued
-fraction of all gammas. For lam = -1 and with u = 1/s
+odd powers of s. Dividing the recursion by P_k-1 gives P_k/P_k-1 = s + gamma_k-1^2/(P_k-1/P_k-2),
+down to P_1/P_0 = s. So their quotient is a continued fraction of all gammas. For lam = -1 and with
+u = 1/s
 
     xi P_n-1 / P_n = xi u/(1 + gamma_n-1^2 u^2/(1 + gamma_n-2^2 u^2/(1 + ...)))
 
 After division by s^n, P_n is even in u and xi P_n-1 is odd, for every n. So the same quotient is,
-by a continued fraction of Euler's,
+as (1 + u)/(1 - u) = e^(2 artanh u), and by Euler's continued fraction for tan(n arctan x), x = iu,
 
     odd part of (1 + u)^n / even part = tanh(n artanh u)
                                       = n u/(1 + (n^2 - 1) u^2/(3 + (n^2 - 4) u^2/(5 + ...)))
 
-Divide each level by its first number, 1, 3, 5, ..., so that all start with 1. The two agree for
-xi = n and, i counted from the damped end,
+(n = 2: 2u/(1 + u^2).) Divide each level by its first number, 1, 3, 5, ..., so that all start with
+1: what stands over 2i + 1 and under 2i - 1 is divided by both. The two agree for xi = n and, i
+counted from the damped end,
 
     gamma_n-i^2 = (n^2 - i^2)/((2i - 1)(2i + 1)),     i = 1 ... n - 1
 
@@ -78,7 +84,8 @@ only decays. For n = 3 at t = .84, mu = (.738, -.481, .233).
 2. What the paper's network learns
 
 eps_n, the noise of the last block (block coordinate score matching, BCSM): the reverse SDE needs
-the score of that block only, and given x it is -eps_n / L_nn. The last row of eps = L^-1 (m - mu x)
+the score of that block only, and given x it is -eps_n / L_nn, the last entry of -L^-T eps, as L^-T
+is upper triangular. The last row of eps = L^-1 (m - mu x)
 has the form eps_n = w . m + w_x x, so whoever predicts E[eps_n | m] predicts E[x | m], and vice
 versa.
 
@@ -87,9 +94,10 @@ versa.
 
     log p(m | x) = x mu^T Sigma^-1 m - x^2 SNR/2 + (terms without x),     SNR = mu^T Sigma^-1 mu
 
-depends on m only through y = mu^T Sigma^-1 m / SNR, a sufficient statistic for x, so E[x | m] =
-E[x | y]. Given x, y ~ N(x, sigma^2) with sigma = SNR^-1/2: a network trained to remove plain noise
-serves AGM, HOLD of any order, and every sampler. Its loss uses neither mu nor Sigma.
+As a function of x it depends on m only through y = mu^T Sigma^-1 m / SNR: y is a sufficient
+statistic, and E[x | m] = E[x | y]. Given x, y ~ N(x, sigma^2) with sigma = SNR^-1/2: a network
+trained to remove plain noise serves AGM, HOLD of any order, and every sampler. Its loss uses
+neither mu nor Sigma.
 
 
 4. How samples are drawn
@@ -100,10 +108,10 @@ G m becomes -G m + 2 xi var e_n grad_n log p, and -G = G^T + 2 xi E_nn, so
     dm = (G^T m + 2 xi e_n f) |dt| + sqrt(2 xi var) e_n dW,     f = m_n + var grad_n log p(m)
 
 G^T rotates the other way and has the same friction; f, the force, is what brings the data back.
-`ode` follows DDIM: write m as mu x_hat + L eps, keep eps, and recombine at the next time. For a
-single x, eps does not change; the mean of that dm/dt over p(x | m) is a flow with the same
-marginals, as in flow matching. For n = 1 it is the probability flow. For n > 1 the probability flow
-rotates eps and `ode` does not: from the same start they end at different samples.
+`ode` keeps eps: given x, such a path has dm/dt = mu' x + L' L^-1 (m - mu x). The mean of that over
+p(x | m) has x_hat in place of x, and is a flow with the same marginals, as in flow matching. So
+`ode` is DDIM: write m as mu x_hat + L eps, keep eps, and recombine at the next time. (For n = 1 it
+is the probability flow.)
 
 With 5 calls, order 3, sigma_data = 0.5 and points of 2 dimensions `ode` visits
 
@@ -123,6 +131,7 @@ The first costs no call: nothing is known yet, and x_hat is the mean of the data
     w, w_x     affine(t)       (n,), ()      eps_n = w . m + w_x x
     x_hat      predict(m, t)   (B, C, ...)   E[x | m]; with a network: `denoise`
     eps_theta  net             (B, C, ...)   target "noise": net(m, t, label), t of the process
+    z          to_z(t)         (B, C, ...)   y/sigma = w . m, with a w of its own
     D          denoise_y       (B, C, ...)   target "data": net(c_in z, sigma/(1 + sigma), label)
 
 Coefficients are float64 on the CPU and are cast where they meet the state.
@@ -202,7 +211,7 @@ class Process:
 
     def time_of_snr(self, snr):
         """Time (...) from `first` to `last` at which the SNR is snr (...), or nearest to it.
-        Between the knots it is interpolated: an SNR of .01 to 1e5 is met to 2e-4 of it."""
+        Between the knots it is interpolated: an SNR of .01 to 4e4 is met to 2e-4 of it."""
         log_snr, t = self.knots
         wanted = torch.as_tensor(snr, **F64).log().numpy()
         return torch.as_tensor(np.interp(wanted, log_snr, t), **F64)
@@ -270,7 +279,8 @@ class HOLD(Process):
         snr = float(self.snr(self.first)) * self.sigma_data**2
         if not 0 < snr < 1e-2 < self.snr_max < math.inf:  # else the prior would miss too much
             raise ValueError(
-                f"want 0 < sigma_data^2 SNR(T) < .01 < snr_max, got {snr:.2g} at T = {self.first}"
+                f"want 0 < sigma_data^2 SNR(T) < .01 < snr_max, got {snr:.2g} at T = {self.first}:"
+                " change first"
             )
 
     @property
@@ -385,7 +395,8 @@ def training_pair(process, x, t, eps):
 def loss(process, net, x, label=None):
     """A scalar to minimise; x (B, C, ...) float. Target "data": `denoiser_loss`. Else the paper's,
     E|net - eps_n|^2 per dimension, at times even in lambda = log(1 + R sqrt(SNR)): if they were
-    even in t, a high order would hardly ever see low noise. R = 10 is `ode`'s for 200 numbers.
+    even in t, a high order would hardly ever see low noise. R = 10 is `ode`'s for 200 numbers of
+    sigma_data .5.
 
     Both have the same minimiser: with eps_theta = w . m + w_x D, |eps_theta - eps_n|^2 = w_x^2
     |D - x|^2. They differ in how they weight the noise levels, and the denoiser sees y alone. A
@@ -405,42 +416,12 @@ def loss(process, net, x, label=None):
     return (error**2).mean()
 
 
-def check_data(process, x):
-    """ValueError for data that no network takes. A warning for data far from the scale of
-    sigma_data, but not on a GPU, where looking at a number means waiting for it."""
-    if x.ndim < 2 or not x.is_floating_point():
-        raise ValueError(f"data are floats (B, C, ...) or (B, D), got {x.dtype} {tuple(x.shape)}")
-    if x.is_cuda or x.abs().max() <= process.bound < math.inf:
-        return
-    scale = x.square().mean().sqrt() / process.sigma_data
-    if not 1 / 4 < scale < 4:
-        warnings.warn(
-            "x is far from the scale of sigma_data: centre it, give its std", stacklevel=3
-        )
-
-
-def stratified(n):
-    """n uniform numbers in random order, one in each n-th of [0, 1]: a batch covers all times."""
-    return (torch.randperm(n, device="cpu") + torch.rand(n, **F64)) / n
-
-
-def call_net(net, m, t, label, x):
-    """net(m, t, label), in the dtype of x, which shows what shape it should have. ValueError for
-    another shape: it would broadcast."""
-    try:
-        out = net(m, t, label)
-    except RuntimeError as error:
-        if x.dtype == torch.get_default_dtype():
-            raise
-        raise ValueError(f"the network fails on {x.dtype}: give it x.float()") from error
-    if out.shape != x.shape:
-        raise ValueError(f"the network returns {tuple(out.shape)} for data {tuple(x.shape)}")
-    return out.to(x)
-
-
 # -------------------------------------------------------------------------------------------------
-# 3. The denoiser, the same for every process (Karras et al. 2022, sections 5 and B.6). It is given
-# z = y/sigma, which stays of unit size as the SNR goes to 0.
+# 3. The denoiser, the same for every process (Karras et al. 2022, sections 5 and B.6), on z =
+# y/sigma, which stays of unit size as the SNR goes to 0. With sd = sigma_data theirs are, on y,
+#     c_in = 1/sqrt(sigma^2 + sd^2),     c_skip = sd^2 c_in^2,     c_out = sigma sd c_in
+# What acts on z has one more sigma, and sigma c_in = 1/sqrt(1 + sd^2 SNR). The weight of the loss
+# is 1/c_out^2 = 1/sd^2 + SNR.
 
 
 def denoiser_loss(process, net, x, label=None):
@@ -457,7 +438,7 @@ def denoise_y(process, net, z, snr, label=None):
     """One network call: D = E[x | y] (B, C, ...) from z = y/sigma (B, C, ...) and snr (B,)."""
     sd = process.sigma_data
     root = snr.sqrt()  # 1/sigma
-    c_in = 1 / (1 + sd**2 * snr).sqrt()  # c_in and c_skip are EDM's times sigma, as they act on z
+    c_in = 1 / (1 + sd**2 * snr).sqrt()  # on z, as c_skip
     c_out = sd * c_in
     c_skip = sd**2 * root * c_in**2
     c_noise = 1 / (1 + root)  # ours: sigma/(1 + sigma), 0 at the data, 1 at pure noise
@@ -493,7 +474,8 @@ def denoise(process, net, m, t, label=None):
 # that returns x_hat; it may change m in place (completing a picture does), and the sampler goes on
 # from there (not `strang`).
 # The last x_hat is the sample. A Gaussian cluster of standard deviation std comes out with the
-# share std^2/(std^2 + sigma^2) of its variance, sigma the noise at the last call.
+# share std^2/(std^2 + sigma^2) of its variance, sigma the noise at the last call: by that share of
+# y - mean its x_hat leaves the mean.
 # t_end is the time of the last call, or the end of the last step; randn(x) draws unit noise shaped
 # like x.
 
@@ -528,9 +510,9 @@ def lie(process, predict, m, nfe, t_end=None, randn=torch.randn_like):
 def strang(process, predict, m, nfe, t_end=None, randn=torch.randn_like):
     """SDE, Strang splitting: half a step of linear flow, the kick, half a step of linear flow.
 
-    The force depends on the block that it kicks, so x_hat should belong to the middle of the kick.
-    Half a kick with the previous x_hat leads there, and predict is asked there: m has weak order 2
-    with it and 1 without it (CLD's SSCS), both at one call a step. The result is the last x_hat.
+    The kick changes m_n while it lasts, so x_hat is asked for after half a kick, which is made with
+    the previous x_hat: m has weak order 2 with it, at many calls, and 1 without it (CLD's SSCS),
+    both at one call a step. The result is the last x_hat.
     What predict changes in place is lost here, except at the first call.
     """
     x_hat = None
@@ -557,8 +539,9 @@ def linear_flow(process, m, h, randn):
 def linear_step(process, h):
     """E = exp(G^T h) (n, n), and a factor (n, n) of the noise that the step adds. Its covariance is
     var (I - E E^T), but in a short step that has lost all its digits. So it is integrated, 2 xi var
-    int exp(G^T s) e_n e_n^T exp(G s) ds from 0 to h, at 100 nodes, each a row of `noise`, and QR
-    makes a square factor. ValueError where 100 nodes do not resolve the damping."""
+    int exp(G^T s) e_n e_n^T exp(G s) ds from 0 to h, at 100 nodes s_j. Row j of `noise` is
+    sqrt(weight_j) times column n of exp(G^T s_j), so the covariance is noise^T noise, and with
+    noise = Q R it is R^T R. ValueError where 100 nodes do not resolve the damping."""
     E = process.transition(h).mT
     s, ds = gauss_legendre(0.0, h, 100)
     weights = 2 * process.damping[1] * process.var * ds
@@ -567,7 +550,7 @@ def linear_step(process, h):
     if missed.abs().max() > 1e-6 * process.var:
         raise ValueError(f"a step of {h:g} is too long for this damping: take more calls")
     L = torch.linalg.qr(noise, mode="r").R.T
-    return E, L * torch.copysign(torch.ones(process.n, **F64), L.diagonal())  # QR's signs are free
+    return E, L * torch.copysign(torch.ones(process.n, **F64), L.diagonal())  # diagonal > 0
 
 
 def force(process, t):
@@ -582,8 +565,9 @@ def force(process, t):
 @lru_cache(1000)
 def kick(process, t, h):
     """(n, n + 1), on cat(m, x): dm_n = 2 xi f |dt| over h with t and x frozen, solved exactly. m_n
-    enters its own rate of change with the factor rate: it relaxes as e^(rate h), at low noise so
-    fast that an Euler step would be unstable. (rate < 0 for alpha <= 1.)"""
+    enters its own rate of change with the factor rate, so dm_n/ds = rate m_n + rest, which adds
+    2 xi f (e^(rate h) - 1)/rate, f at the start. At low noise -rate is so large that an Euler step
+    would be unstable. (rate = 2 xi (1 - var/L_nn^2) < 0 for alpha <= 1, as L_nn^2 < var.)"""
     f = force(process, t)[0]
     two_xi = 2 * process.damping[1]
     rate = two_xi * float(f[-2])
@@ -610,22 +594,26 @@ def ode(process, predict, m, nfe, data_mean=None, ts=None):
     is known at the prior (except for the little that m tells), and so the first step is free.
     A wrong mean moves the samples. None: the first x_hat is one of the nfe calls, at a noise level
     that training hardly sees.
-    ts: the times to visit, nfe of them, one more if the first step is free. None: `times`.
+    ts: the times to visit, nfe of them, or nfe + 1 if the first one needs no call, as data_mean is
+    its x_hat. None: `times`.
 
     A step. m = mu x_hat + L eps goes to mu_1 x_hat + L_1 eps = A m + b x_hat, with A = L_1 L^-1 and
     b = mu_1 - A mu at the next time. In units of L that is d(L^-1 m) = x_hat d(L^-1 mu), and
     |L^-1 mu| = sqrt(SNR). For one block, n = 1, it is DDIM as it was published.
 
-    Second order. Over a step of length h in lambda = log(1 + R sqrt(SNR)), x_hat is taken to be
-    x + slope l, 0 < l < h, with the slope of the step before (at first 0). Its mean, weighted by
-    d sqrt(SNR) ~ e^l dl, is x + c slope, c = int l e^l dl / int e^l dl = h/(1 - e^-h) - 1.
-    (L^-1 mu turns a little on the way: that changes the error by a factor, not the order. With very
-    many calls the free first step, which leaves out what m tells at the prior, limits it.)
+    Second order. Let x be x_hat at the start of the step, h its length in lambda = log(1 + R
+    sqrt(SNR)), and l, from 0 to h, how far lambda has come. x_hat is taken to be x + slope l, with
+    the slope of the step before (at first 0). sqrt(SNR) grows about as e^l, so the mean of x_hat
+    over the step is x + c slope, c = int l e^l dl / int e^l dl = h/(1 - e^-h) - 1. (Any c = h/2 +
+    O(h^2) has order 2: that L^-1 mu turns as well changes the error by a factor. With very many
+    calls the free first step, which leaves out what m tells at the prior, limits the order.)
 
     Corrector. x_next shows what the slope of the step to it was, and so what its mean x_hat should
-    have been: more by shift = c (new slope - slope). So m moves by b shift, y by sigma w . b shift,
-    and x_next by the share sigma_data^2/(sigma_data^2 + sigma^2) of that, exact for Gaussian data.
-    It costs no call (UniPC). On trained networks it takes 10 to 50 % off the error (nfe 4 to 10).
+    have been: more by shift = c (new slope - slope). So m moves by b shift, and y, which is
+    sigma z = sigma w . m (`to_z`), by sigma w . b shift. x_next moves by the share
+    dE[x | y]/dy = sigma_data^2/(sigma_data^2 + sigma^2) of that: exact for Gaussian data, a guess
+    for others. It costs no call (UniPC). On trained networks it takes 10 to 50 % off the error (nfe
+    4 to 10).
 
     R = sigma_data sqrt(2 d) is the rms distance between two samples of d numbers: noise that is
     larger hides which of them it is, and lambda spends few steps there.
@@ -699,13 +687,16 @@ def times(process, n, t_end, R):
     return (process.first, *inner.tolist(), t_end)[:n]  # exact ends; n = 1: `first` alone
 
 
-def check_grid(process, nfe, t_end):
-    """ValueError for what no grid of times can have."""
-    low, high = sorted([process.first, process.last])
-    if nfe < 1:
-        raise ValueError(f"nfe counts network calls and must be at least 1, got {nfe}")
-    if not (low <= t_end <= high and t_end != process.first):
-        raise ValueError(f"t_end must be from {low:g} to {high:g}, and not `first`, got {t_end}")
+SAMPLERS = {  # the first is the default
+    "ode": ode,
+    "strang": strang,
+    "lie": lie,
+    "em": em,
+}
+
+
+# -------------------------------------------------------------------------------------------------
+# Small tools and checks
 
 
 @lru_cache(1000)
@@ -716,9 +707,43 @@ def gauss_legendre(low, high, nodes=16):
     return torch.from_numpy(low + half * (1 + x)), torch.from_numpy(half * weight)
 
 
-SAMPLERS = {  # the first is the default
-    "ode": ode,
-    "strang": strang,
-    "lie": lie,
-    "em": em,
-}
+def stratified(n):
+    """n uniform numbers in random order, one in each n-th of [0, 1]: a batch covers all times."""
+    return (torch.randperm(n, device="cpu") + torch.rand(n, **F64)) / n
+
+
+def call_net(net, m, t, label, x):
+    """net(m, t, label), in the dtype of x, which shows what shape it should have. ValueError for
+    another shape: it would broadcast."""
+    try:
+        out = net(m, t, label)
+    except RuntimeError as error:
+        if x.dtype == torch.get_default_dtype():
+            raise
+        raise ValueError(f"the network fails on {x.dtype}: give it x.float()") from error
+    if out.shape != x.shape:
+        raise ValueError(f"the network returns {tuple(out.shape)} for data {tuple(x.shape)}")
+    return out.to(x)
+
+
+def check_data(process, x):
+    """ValueError for data that no network takes. A warning for data far from the scale of
+    sigma_data, but not on a GPU, where looking at a number means waiting for it."""
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(f"data are floats (B, C, ...) or (B, D), got {x.dtype} {tuple(x.shape)}")
+    if x.is_cuda or x.abs().max() <= process.bound < math.inf:
+        return
+    scale = x.square().mean().sqrt() / process.sigma_data
+    if not 1 / 4 < scale < 4:
+        warnings.warn(
+            "x is far from the scale of sigma_data: centre it, give its std", stacklevel=3
+        )
+
+
+def check_grid(process, nfe, t_end):
+    """ValueError for what no grid of times can have."""
+    low, high = sorted([process.first, process.last])
+    if nfe < 1:
+        raise ValueError(f"nfe counts network calls and must be at least 1, got {nfe}")
+    if not (low <= t_end <= high and t_end != process.first):
+        raise ValueError(f"t_end must be from {low:g} to {high:g}, and not `first`, got {t_end}")

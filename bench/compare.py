@@ -326,7 +326,9 @@ class Comparison:
         if contender.flow:
             flow_n = min(n, self.flow_n)
             limit = converged(model, contender.flow, flow_n, seed, self.flow_calls)
-            numbers["distance"] = float((x[:flow_n] - limit).square().mean().sqrt())
+            apart = (x[:flow_n] - limit).flatten(1).square().mean(1)
+            numbers["distance"] = float(apart.mean().sqrt())
+            numbers["mean distance"] = float(apart.sqrt().mean())
         return numbers
 
     def best_grids(self, model, contender, nfe):

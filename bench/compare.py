@@ -50,6 +50,22 @@ def parser(doc, name=None):
     return p
 
 
+def comparing(doc, name, groups, **defaults):
+    """The command line of a comparison, with groups of contenders besides those of GROUPS."""
+    p = parser(doc, name)
+    p.add_argument("--group", choices=[*GROUPS, *groups], help="of contenders")
+    p.add_argument("--only", nargs="+", help="contenders that contain one of these")
+    p.add_argument("--seeds", type=int, help="networks")
+    p.add_argument("--nfe", type=int, nargs="+", help="calls")
+    p.add_argument("--n", type=int, help="samples")
+    p.add_argument("--search", type=int, help="samples for the choice of a grid")
+    p.add_argument("--flow-calls", type=int, help="calls of the converged flow")
+    p.add_argument("--train", default="", help="more options of train.py")
+    p.add_argument("--runs", help="folder of the networks")
+    p.set_defaults(group="few", only=[""], seeds=2, flow_calls=100, **defaults)
+    return p
+
+
 def file_of(args):
     """The results file of --group: `few` are in that of the script."""
     if args.group == "few":
@@ -214,7 +230,12 @@ def stochastic():
     return found
 
 
-GROUPS = {"few": few_calls, "stochastic": stochastic}
+def learned_and_even():
+    """`ode` on the learned grid and on the even one."""
+    return few_calls()[:6]
+
+
+GROUPS = {"few": few_calls, "grid": learned_and_even, "stochastic": stochastic}
 
 
 def chosen(group, only):
@@ -305,7 +326,9 @@ class Comparison:
         if contender.flow:
             flow_n = min(n, self.flow_n)
             limit = converged(model, contender.flow, flow_n, seed, self.flow_calls)
-            numbers["distance"] = float((x[:flow_n] - limit).square().mean().sqrt())
+            apart = (x[:flow_n] - limit).flatten(1).square().mean(1)
+            numbers["distance"] = float(apart.mean().sqrt())
+            numbers["mean distance"] = float(apart.sqrt().mean())
         return numbers
 
     def best_grids(self, model, contender, nfe):

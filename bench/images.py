@@ -3,6 +3,7 @@
     python bench/images.py                                    digits: 25 minutes of one core, and
                                                               5 for the training of two networks
     python bench/images.py --group stochastic --nfe 10 20 50  digits: 20 minutes
+    python bench/images.py --group grid --nfe 5 6 8 10 15 20  digits: 10 minutes
     python bench/images.py --group guidance --nfe 10          digits: 3 minutes, and 3 of training
     python bench/images.py --data fashion --nfe 5 10 20 --search 200 --seeds 1      an hour, and
                                                               25 minutes of training; or cifar10
@@ -101,23 +102,29 @@ def by_class(path, guidance, args, measure, seed):
 
 
 def score(argv):
-    p = compare.parser(__doc__, "images")
+    p = compare.comparing(
+        __doc__,
+        "images",
+        ["guidance"],
+        nfe=[5, 10, 20],
+        n=1797,
+        search=200,
+        runs="runs/images",
+    )
     p.add_argument("--data", default="digits", help="digits, fashion, cifar10; default: digits")
     p.add_argument("--data-dir", help="folder or archive of the data set")
-    p.add_argument("--group", default="few", choices=[*compare.GROUPS, "guidance"])
-    p.add_argument("--only", nargs="+", default=[""], help="contenders that contain one of these")
-    p.add_argument("--seeds", type=int, default=2, help="networks")
-    p.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20], help="calls")
-    p.add_argument("--n", type=int, default=1797, help="samples")
-    p.add_argument("--search", type=int, default=200, help="samples for the choice of a grid")
-    p.add_argument("--flow-calls", type=int, default=100, help="calls of the converged flow")
-    p.add_argument("--train", default="", help="more options of train.py")
-    p.add_argument("--runs", default="runs/images", help="folder of the networks")
+    p.add_argument("--ckpt", nargs="+", help="runs on pictures; of them the distance alone")
     args = p.parse_args(argv)
     name = args.data
+    if args.ckpt:
+        name = Path(args.ckpt[0]).name
     settings = {"n": args.n, "search": args.search, "flow_calls": args.flow_calls}
     fixed = {f"{key} of {name}": value for key, value in settings.items()}
     results = compare.Results(compare.file_of(args), fixed)
+    if args.ckpt:
+        none = compare.Comparison(results, lambda x: {}, dict, args.n, 0, args.n, args.flow_calls)
+        contenders = compare.chosen(args.group, args.only)
+        return none.run(name, args.ckpt, contenders, args.nfe)
     if name == "digits":
         options = "--data digits"
         measure, held_out = of_digits()

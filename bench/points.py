@@ -2,6 +2,7 @@
 
     python bench/points.py                         few calls: a set takes 10 minutes of one core,
                                                    and 5 for the training of its two networks
+    python bench/points.py --group grid --n 10000 --nfe 5 6 8 10 15 20           4 minutes a set
     python bench/points.py --group stochastic --data spiral --nfe 10 20 50      10 minutes
     python bench/points.py --group paper --data spiral --nfe 5 10 20 50         25, mostly training
     python bench/points.py --group likelihood --data gmm --nfe 8 16 32 64        5 minutes
@@ -38,7 +39,6 @@ from formats import command
 
 ANGLES = torch.arange(100) * math.pi / 100
 LINES = torch.stack([ANGLES.cos(), ANGLES.sin()])
-GROUPS = [*compare.GROUPS, "paper", "likelihood"]
 PAPER = {  # name -> sampler, and what trains the paper's network
     "AGM, exponential": (agm_ref.exponential, "--method agm --target ode"),
     "HOLD 3, strang": (hold_ref.strang, "--method hold --order 3 --target noise"),
@@ -100,17 +100,16 @@ def networks(args, name, more=""):
 
 
 def score(argv):
-    p = compare.parser(__doc__, "points")
+    p = compare.comparing(
+        __doc__,
+        "points",
+        ["paper", "likelihood"],
+        nfe=[4, 5, 7, 10, 20],
+        n=2000,
+        search=300,
+        runs="runs/points",
+    )
     p.add_argument("--data", nargs="+", default=list(data.POINTS), choices=data.POINTS, help="sets")
-    p.add_argument("--group", default="few", choices=GROUPS, help="of contenders")
-    p.add_argument("--only", nargs="+", default=[""], help="contenders that contain one of these")
-    p.add_argument("--seeds", type=int, default=2, help="networks of each set")
-    p.add_argument("--nfe", type=int, nargs="+", default=[4, 5, 7, 10, 20], help="calls")
-    p.add_argument("--n", type=int, default=2000, help="samples")
-    p.add_argument("--search", type=int, default=300, help="samples for the choice of a grid")
-    p.add_argument("--flow-calls", type=int, default=100, help="calls of the converged flow")
-    p.add_argument("--train", default="", help="more options of train.py")
-    p.add_argument("--runs", default="runs/points", help="folder of the networks")
     args = p.parse_args(argv)
     fixed = {"n": args.n, "search": args.search, "flow_calls": args.flow_calls}
     results = compare.Results(compare.file_of(args), fixed)

@@ -276,6 +276,7 @@ CONTENTS = {
     "masks": ({"x": FIVE % 2}, "multiply masks by 255"),
     "NaN": ({"x": HOLES[:, None]}, "not finite.*fill them, say with the mean"),
     "objects": ({"array": OBJECTS}, "no Python objects, as images of different sizes"),
+    "objects in an npz": ({"x": OBJECTS}, "no Python objects, as images of different sizes"),
     "two arrays": ({"a": FIVE, "b": FIVE}, "call the samples, alone, images or x"),
     "images and x": ({"x": FIVE, "images": FIVE}, "call the samples, alone, images or x"),
 }
@@ -294,7 +295,7 @@ def test_other_contents_of_a_file_are_refused(name):
         (list("abcde"), "must be .*found str"),
         (range(-1, 4), "must be from 0 .*found -1 to 3"),
         ([0, 1, 2, 3, 10_000], "must be from 0 .*found 0 to 10000"),
-        (range(5), "up to 4, but 3 names"),
+        ([0, 1, 2, 3, 3], "up to 3, but 3 names"),
     ],
 )
 def test_wrong_labels_are_refused(labels, match):

@@ -26,7 +26,6 @@ import math
 import os
 import warnings
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,29 +40,37 @@ ARRAYS = (".npy", ".npz")
 LARGE = 2**30  # bytes: a larger array stays on the disk, and batches read their rows
 
 
+@dataclass
 class Rows:
-    """Rows of an array that is too large to copy. They are read and converted when they are
-    indexed: rows[index] is change(array[...]) as a tensor."""
+    """Rows of an array, which are read and converted when they are indexed: rows[index] is
+    change(array[...]) as a tensor, its channels moved from the last axis to the second."""
 
-    def __init__(self, array, rows, change):
-        self.array = array
-        self.rows = rows
-        self.change = change
-        self.shape = (len(rows), *self[:0].shape[1:])
+    array: np.ndarray
+    rows: np.ndarray  # which of its rows
+    change: object  # function: array -> array of the same shape
+
+    @property
+    def shape(self):
+        return len(self.rows), *self[:0].shape[1:]
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
         part = self.change(self.array[self.rows[index]])
-        return torch.from_numpy(np.ascontiguousarray(part))
+        return torch.from_numpy(np.moveaxis(part, -1, 1)).contiguous()
 
 
 def parts(x):
-    """Yields (first row, rows) of an array, a tensor or Rows, some megabytes at a time."""
+    """Yields (first row, rows) of a tensor or Rows, some megabytes at a time; at least one part."""
     step = max(1, 2**21 // math.prod(x.shape[1:]))
-    for start in range(0, len(x), step):
+    for start in range(0, max(1, len(x)), step):
         yield start, x[start : start + step]
+
+
+def some(x):
+    """Rows from all over a tensor or Rows: all of them, or some million numbers."""
+    return x[:: 1 + math.prod(x.shape) // 2**22]
 
 
 @dataclass
@@ -93,13 +100,8 @@ class Dataset:
         return self.kind == "image"
 
     def to(self, device):
-        """The same with batches on that device. Rows and what is held out stay on the CPU."""
-        moved = replace(self, device=torch.device(device))
-        if torch.is_tensor(self.train):
-            moved.train = self.train.to(device)
-        if self.train_labels is not None:
-            moved.train_labels = self.train_labels.to(device)
-        return moved
+        """The same with batches on that device; the data themselves stay on the CPU."""
+        return replace(self, device=torch.device(device))
 
     def units(self, x):
         """Samples as they are kept -> network units."""
@@ -112,16 +114,14 @@ class Dataset:
         if self.draw:
             return send(self.draw(n), self.device), None
         index = torch.randint(len(self.train), (n,))
-        index_there = send(index, self.device)
-        if isinstance(self.train, Rows):
-            x = send(self.train[index], self.device)
-        else:
-            x = self.train[index_there]
+        x = self.train[index]
         if self.flip:
-            mirrored = send(torch.rand(n) < 0.5, self.device)
-            x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-        label = None if self.train_labels is None else self.train_labels[index_there]
-        return self.units(x), label
+            mirrored = torch.rand(n) < 0.5
+            x[mirrored] = x[mirrored].flip(-1)
+        label = None
+        if self.train_labels is not None:
+            label = send(self.train_labels[index], self.device)
+        return self.units(send(x, self.device)), label
 
     def held_out(self, rows):
         """Held-out samples in network units, and their labels or None, on the CPU. rows: a slice,
@@ -131,68 +131,64 @@ class Dataset:
 
     def held_out_name(self, i):
         """The file of held-out sample i where there is one, or its number in words."""
-        if len(self.files):
-            return self.files[i]
-        return f"held-out sample {i} of {self.name}"
+        return self.files[i] if self.files else f"held-out sample {i} of {self.name}"
 
     def summary(self):
         """The facts of the training data that a checkpoint keeps: what sampling needs, and what
-        tells these data from others. Means are those of what a network meets: of mirrored data,
-        too, where `flip` is on."""
-        n = len(self.train)
-        size = math.prod(self.shape)
-        classes = len(self.names)
-        by_class = 0 < classes * size <= 2**22  # else the means of all classes are too large
-        sums, square, largest = self.totals(classes if by_class else 0)
-        centre = float(sums.sum()) / (n * size)
-        std = math.sqrt(max(0.0, square / (n * size) - centre**2))
-
-        counts = torch.zeros(0)
-        if classes:
-            counts = self.train_labels.cpu().bincount(minlength=classes)
-
+        tells these data from others."""
         facts = {
             "kind": self.kind,
             "shape": list(self.shape),
             "shift": torch.as_tensor(self.shift).tolist(),
             "scale": self.scale,
-            "std": std / 127.5 if self.is_image else std,
-            "bound": 1.0 if self.is_image else 1.1 * largest,
-            "labels": classes,
+            "labels": len(self.names),
             "names": list(self.names),
-            "counts": counts.tolist(),
-            "mean": self.mean(sums.sum(0), n)[0],
-            "class_means": self.mean(sums, counts.clamp(min=1)[:, None]) if by_class else None,
             "window": None,
         }
-        some = self.train[:: 1 + n // min(10_000, 1 + 2**22 // size)]
+        # what pictures of the samples show
         if self.kind == "points":
-            facts["window"] = extent(finish(some, facts))
+            facts["window"] = extent(finish(some(self.train), facts))
         if self.kind == "field":
-            shown = finish(some, facts)[..., :3]
-            facts["window"] = tuple(np.quantile(shown, (0.001, 0.999)).tolist())
-        return facts
+            shown = finish(some(self.train), facts)[..., :3]
+            facts["window"] = np.quantile(shown, (0.001, 0.999)).tolist()
+        return facts | self.moments()
 
-    def totals(self, classes):
-        """Over all training samples as they are kept: their sums (classes, D) by class, or (1, D)
-        where classes is 0; the sum of their squares; the largest absolute value."""
-        sums = torch.zeros(max(classes, 1), math.prod(self.shape), dtype=torch.float64)
+    def moments(self):
+        """Facts of all training values in network units: their standard deviation, a bound on their
+        size, and the means (C, H, W) or (D,) of all samples and of each class (without classes, of
+        one class). Means are those of what a network meets: of mirrored images, too."""
+        n = len(self.train)
+        size = math.prod(self.shape)
+        label = self.train_labels
+        if label is None:
+            label = torch.zeros(n).long()
+        count = label.bincount(minlength=len(self.names))
+
+        # as they are kept, for sums of pixels are exact
+        sums = torch.zeros(len(count), size).double()
         square = 0.0
         largest = 0.0
-        row_of_sum = torch.zeros(len(self.train), dtype=torch.int64)
-        if classes:
-            row_of_sum = self.train_labels.cpu()
         for start, part in parts(self.train):
-            x = part.cpu().flatten(1).double()
-            sums.index_add_(0, row_of_sum[start : start + len(x)], x)
-            square += float(x.square().sum())
+            x = part.flatten(1).double()
+            sums.index_add_(0, label[start : start + len(x)], x)
+            square += x.square().sum()
             largest = max(largest, float(x.abs().max()))
-        return sums, square, largest
+        total = sums.sum(0)
+        centre = total.mean() / n
+        std = math.sqrt(square / (n * size) - centre**2)
 
-    def mean(self, total, count):
-        """float32 (K, C, H, W) or (K, D) in network units, from sums (K, D) or (D,)."""
-        mean = self.units((total / count).reshape(-1, *self.shape)).float()
-        return (mean + mean.flip(-1)) / 2 if self.flip else mean
+        # of all samples, then of each class
+        means = torch.cat([total[None] / n, sums / count.clamp(min=1)[:, None]])
+        means = self.units(means).float().reshape(-1, *self.shape)
+        if self.flip:
+            means = (means + means.flip(-1)) / 2
+        return {
+            "counts": count.tolist(),
+            "std": std / 127.5 if self.is_image else std,
+            "bound": 1.0 if self.is_image else 1.1 * largest,
+            "mean": means[0],
+            "class_means": means[1:],
+        }
 
 
 def send(x, device):
@@ -206,16 +202,15 @@ def send(x, device):
 def finish(x, facts):
     """Samples in network units -> numpy: uint8 (N, H, W, C), or floats (N, D) or (N, H, W, C) in
     the units of the file: float32, or float64 where float32 would round by more than 1e-4 scale."""
-    x = x.detach().cpu()
+    x = x.cpu().movedim(1, -1)
     if facts["kind"] == "image":
         pixels = ((x.float() + 1) * 127.5).round().clamp(0, 255)
-        return pixels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        return pixels.to(torch.uint8).numpy()
     scale = facts["scale"]
-    shift = torch.tensor(facts["shift"], dtype=torch.float64)
-    is_near = float(shift.abs().max()) < 1000 * scale
-    dtype = torch.float32 if is_near and 1e-30 < scale < 1e30 else torch.float64
-    values = x.double() * scale + shift.reshape(-1, *[1] * (x.ndim - 2))
-    return values.to(dtype).movedim(1, -1).numpy()
+    shift = np.array(facts["shift"])
+    values = x.double().numpy() * scale + shift
+    is_near = np.abs(shift).max() < 1000 * scale
+    return values.astype(np.float32 if is_near else np.float64)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -226,17 +221,16 @@ def describe(dataset):
     """How many training samples there are, and of what size: channels and sides by name."""
     n = len(dataset.train)
     C, *sides = dataset.shape
+    plural = "s" if C > 1 else ""
     if not sides:
-        return f"{n} points of {C} number{'s' if C > 1 else ''}"
+        return f"{n} points of {C} number{plural}"
     height, width = sides
-    channels = f"{C} channel{'s' if C > 1 else ''}"
     if width == 1:
-        return f"{n} series of length {height} with {channels}"
-    order = "" if height == width else " (height x width)"
-    return f"{n} images of {height} x {width} pixels{order}, {channels}"
+        return f"{n} series of length {height} with {C} channel{plural}"
+    return f"{n} images of height {height} and width {width} with {C} channel{plural}"
 
 
-def picture(array, facts, labels=None, columns=None):
+def picture(array, facts, labels=None):
     """Finished samples as a picture, uint8 (H, W) or (H, W, 3): of points a histogram in the
     window, of numbers bars, of images a grid; of fields the first three channels between the
     window's ends. labels (N,): one row for each class that occurs, its name beside it, at most 32
@@ -247,25 +241,26 @@ def picture(array, facts, labels=None, columns=None):
         return titled(drawn, f"axes 0 and 1 of {dimensions}") if dimensions > 2 else drawn
 
     if facts["kind"] == "field":
-        low, high = facts["window"]
-        level = (array[..., :3] - low) / ((high - low) or 1)
-        array = (255 * np.nan_to_num(level).clip(0, 1)).round().astype(np.uint8)
-        if array.shape[3] == 2:
+        level = np.interp(array[..., :3], facts["window"], (0, 255))
+        array = np.nan_to_num(level).round().astype(np.uint8)
+        if array.shape[3] == 2:  # there is no picture of two channels
             array = array[..., [0, 1, 0]]
 
-    if labels is None:
-        return image_grid(array[:1024], columns)
-    labels = np.asarray(labels)
-    classes, counts = np.unique(labels, return_counts=True)
-    names = [facts["names"][k] for k in classes]
-    if len(classes) == 1:  # a grid says more than one row
-        return image_grid(array[:1024], columns, names=names)
-    columns = min(columns or 32, int(counts.max()))
-    rows = np.full((len(classes), columns, *array.shape[1:]), 128, np.uint8)
-    for row, k in zip(rows, classes, strict=True):
-        some = array[labels == k][:columns]
-        row[: len(some)] = some
-    return image_grid(rows.reshape(-1, *array.shape[1:]), columns, names=names)
+    names = []
+    if labels is not None:
+        classes, counts = np.unique(labels, return_counts=True)
+        names = [facts["names"][k] for k in classes]
+    if len(names) < 2:  # a grid says more than one row
+        return image_grid(array[:1024], names=names)
+
+    # a row for each class, its empty places grey
+    columns = min(32, counts.max())
+    cells = []
+    for k in classes:
+        shown = array[labels == k][:columns]
+        empty = np.full((columns - len(shown), *array.shape[1:]), 128, np.uint8)
+        cells += [shown, empty]
+    return image_grid(np.concatenate(cells), columns, names=names)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -325,17 +320,18 @@ def load(name, data_dir=None, flip=None, size=0):
     wrong with the data."""
     name = str(name)
     if data_dir and name not in OFFICIAL:
-        wanted = ", ".join(OFFICIAL)
-        raise UserError(f"--data-dir is for {wanted}, not for {name}: leave it out")
+        raise UserError(f"--data-dir is for {', '.join(OFFICIAL)}, not for {name}: leave it out")
     if flip is None:
         flip = name in ("cifar10", "imagenet64")
 
+    # points that are drawn, from one seed those that are kept
     if name in POINTS:
         draw = POINTS[name]
         generator = torch.Generator().manual_seed(0)
         train = draw(10_000, generator)
         test = draw(10_000, generator)
         return Dataset(name, "points", train, test, draw=draw)
+    # arrays: official files, digits, the user's own
     if name in OFFICIAL:
         path = Path(name)
         found = official.load(name, data_dir and absolute(data_dir))
@@ -353,37 +349,35 @@ def load(name, data_dir=None, flip=None, size=0):
 def shape_of(name, size=0):
     """Shape of one sample, (C, H, W) or (D,), of the data set or file of that name. For pictures,
     unread, C is 3."""
-    path = None if name in SHAPES else path_of(name, size)
-    if path and path.suffix not in ARRAYS:
-        return (3, size, size)
-    if size:
-        fix = f"is for a folder or zip of pictures, {name} is neither: leave --size out"
-        raise UserError(f"--size {size} {fix}")
-    if path is None:
+    is_array = name in SHAPES or name.endswith(ARRAYS)
+    if size and is_array:
+        raise UserError(f"--size {size} is for a folder or zip of pictures: leave it out")
+    if name in SHAPES:
         return SHAPES[name]
+    path = path_of(name, size)
+    if not is_array:
+        return 3, size, size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `load` gives them again
         array, _ = as_samples(path, read_array(path)["array"])
-    _, *sides, channels = array.shape
-    return (channels, *sides)
+    return np.moveaxis(array[0], -1, 0).shape
 
 
 def path_of(name, size):
     """The array file, or the folder or zip of pictures, of that name. UserError if neither."""
-    path = Path(name)
-    if name.startswith("~"):
-        path = absolute(path)
+    path = Path(os.path.expanduser(name))
     wanted = f"give {', '.join(NAMES)}, an .npy/.npz file, a folder or zip of pictures"
     if not os.path.exists(path):  # which is False for a name that is too long, too
-        neighbours = [str(neighbour) for neighbour in path.parent.glob("*")]
-        near = difflib.get_close_matches(name.lower(), {*NAMES, *neighbours} - {name}, 1)
+        neighbours = map(str, path.parent.glob("*"))
+        near = difflib.get_close_matches(name.lower(), [*NAMES, *neighbours], 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"no such file or folder, and no data set {name[:99]!r}{hint}: {wanted}")
-    if path.is_file() and path.suffix not in (*ARRAYS, ".zip", ".ZIP"):
+    if path.suffix in ARRAYS:
+        return path
+    if path.is_file() and path.suffix.lower() != ".zip":
         raise UserError(f"{path} is no data: {wanted}")
-    if path.suffix not in ARRAYS and not size:
-        fix = "add --size, the pixels a side that they are brought to: 16 on a CPU"
-        raise UserError(f"{path} is for pictures: {fix}")
+    if not size:
+        raise UserError(f"{path} is for pictures: add --size, their pixels a side, 16 on a CPU")
     return path
 
 
@@ -391,39 +385,27 @@ def read_array(path):
     """Of an .npy or .npz file the samples, `array`, and if it has them, the `labels` and the
     `names` of the classes. Never unpickles, never guesses."""
     try:
-        with path.open("rb") as file:  # numpy would leave a broken zip open
-            head = file.read(200)
-            file.seek(0)
-            if head.startswith(b"\x93NUMPY"):
-                refuse_objects(head)
-                return {"array": np.load(path, mmap_mode="r", allow_pickle=False)}
-            loaded = np.load(file, allow_pickle=False)
-            keys = set(loaded.files) - {"labels", "names"}
-            chosen = keys if len(keys) == 1 else keys & {"images", "x"}
-            if len(chosen) == 2:
-                raise ValueError("it holds images and x: keep one of them")
-            if len(chosen) != 1:
-                held = ", ".join(loaded.files) or "nothing"
-                raise ValueError(f"it holds {held:.99}: call the samples images or x")
-            (key,) = chosen
-            with loaded.zip.open(f"{key}.npy") as member:
-                refuse_objects(member.read(200))
-            found = {"array": loaded[key]}
-            for name in {"labels", "names"} & set(loaded.files):
-                found[name] = np.atleast_1d(loaded[name])
+        file = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            return {"array": file}
+        # of several arrays the samples are `images` or `x`
+        more = {"labels", "names"}
+        keys = set(file) - more
+        chosen = keys & {"images", "x"} or keys
+        if len(chosen) != 1:
+            raise ValueError(f"it holds {file.files}: call the samples, alone, images or x")
+        (key,) = chosen
+        found = {"array": file[key]}
+        for name in more & set(file):
+            found[name] = file[name]
     except Exception as error:  # numpy and zipfile raise a dozen kinds
-        fix = "write it again with numpy.save or numpy.savez"
-        raise UserError(f"cannot read {path} ({why(error)}): {fix}") from None
+        raise UserError(
+            f"cannot read {path} ({why(error)}): write one array with numpy.save or numpy.savez,"
+            " and no Python objects, as images of different sizes are"
+        ) from None
     if len(keys) > 1:
         warn(path, f"the samples are {key}; the other arrays are not used")
     return found
-
-
-def refuse_objects(head):
-    """ValueError where the header of an .npy says that its values are Python objects."""
-    if b"'|O'" in head:
-        what = "it holds Python objects, as images of different sizes do: give one array"
-        raise ValueError(what)
 
 
 def as_samples(path, array):
@@ -431,30 +413,30 @@ def as_samples(path, array):
     "points" for floats (N, D), "field" for floats or uint16 (N, H, W, C). UserError where it is
     none of these, or could be two of them."""
     shape = array.shape
-    ndim = array.ndim
     found = f"{path}: {array.dtype} {shape}"
     is_image = array.dtype == np.uint8
-    is_uint16 = array.dtype.kind == "u" and array.itemsize == 2
-    is_float = array.dtype.kind == "f" or (is_uint16 and ndim > 2)
+    is_float = array.dtype.kind == "f"
+    is_field = is_float or array.dtype.type is np.uint16  # of either byte order
     if not array.size:
         raise UserError(f"{found} is empty: give at least one sample")
-    if not (is_image or is_float):
+    if not (is_image or is_field):
         raise UserError(f"{found} is no data: convert images to uint8 (0..255), points to float32")
-    if ndim == 2 and is_float:
+    if is_float and len(shape) == 2:
         return array, "points"
-    if ndim == 3 and (shape[2] in (1, 3) or shape[1] > shape[2] == 4):
-        series = "; series are (N, L, 1, C)" if is_float else ""
-        raise UserError(f"{found} may be one picture or many: give (N, H, W, C){series}")
-    if ndim not in (3, 4) or (is_image and shape[3:] not in ((), (1,), (3,))):
+    # (N, H, W), unless it looks like one picture (H, W, C)
+    if len(shape) == 3:
+        if shape[2] in (1, 3) or shape[1] > shape[2] == 4:
+            fix = "give (N, H, W, C), and of series (N, L, 1, C)"
+            raise UserError(f"{found} may be one picture or many: {fix}")
+        array = array[..., None]
+    if array.ndim != 4 or (is_image and array.shape[3] not in (1, 3)):
         raise UserError(
             f"{found} is no data: images are uint8 (N, H, W) or (N, H, W, C), C 1 or 3; of floats,"
             " points are (N, D), images (N, H, W, C), series (N, L, 1, C), and of a volume the"
             " slices can be channels, (N, H, W, slices)"
         )
-    if is_float:
+    if is_field:
         warn_of_axes(path, shape)
-    if ndim == 3:
-        array = array[..., None]
     return array, "image" if is_image else "field"
 
 
@@ -462,52 +444,49 @@ def samples(path, array, labels=None, names=(), held_out=None, no_labels="", fil
     """The arrays of a file as a Dataset. held_out: rows. files: the name of each row's file."""
     array, kind = as_samples(path, array)
     train_rows, test_rows = split(len(array), held_out)
+    units = {}
+    change = np.uint8
+    # pixels stay as they are, floats are brought to network units
     if kind == "image":
-        low = int(array.min())
-        high = int(array.max())
+        low = array.min()
+        high = array.max()
         if low == high or high == 1:
             fix = "255 is white, so multiply masks by 255"
             raise UserError(f"{path} has pixels from {low} to {high}: {fix}")
-        units = {}
-        change = partial(np.moveaxis, source=-1, destination=1)
     else:
         shift, scale = standard(path, array, train_rows)
         units = {"shift": torch.from_numpy(shift), "scale": scale}
 
         def change(part):
-            return np.moveaxis(np.float32((part - shift) / scale), -1, 1)
+            return np.float32((part - shift) / scale)
 
-    train = Rows(array, train_rows, change)
-    test = Rows(array, test_rows, change)
-    if array.nbytes <= LARGE:
-        train = in_memory(train)
-        test = in_memory(test)
-    dataset = Dataset(
-        path.resolve().stem, kind, train, test, names=[], no_labels=no_labels, **units
-    )
+    train = in_memory(Rows(array, train_rows, change))
+    test = in_memory(Rows(array, test_rows, change))
+    name = path.resolve().stem
+    dataset = Dataset(name, kind, train, test, no_labels=no_labels, **units)
     if labels is not None:
         labels, dataset.names = check_labels(path, labels, names, len(array))
         dataset.train_labels = torch.from_numpy(labels[train_rows])
         dataset.test_labels = torch.from_numpy(labels[test_rows])
-    if len(files):
+    if files:
         dataset.files = [files[row] for row in test_rows]
     return dataset
 
 
-def split(n, held_out=None):
+def split(n, held_out):
     """The rows to train on, and those that are held out: by default a fifth, drawn at random but
     always the same."""
     rows = np.arange(n)
     if held_out is None:
         held_out = np.random.default_rng(0).permutation(n)[: n // 5]
-    test = np.sort(rows[held_out])
-    return np.setdiff1d(rows, test), test
+    return np.delete(rows, held_out), np.sort(rows[held_out])
 
 
 def in_memory(rows):
-    """Rows -> a tensor of all of them, converted some megabytes at a time."""
-    converted = [part for _, part in parts(rows)]
-    return torch.cat([rows[:0], *converted])
+    """Rows -> a tensor of all of them; as they are, if the array is too large."""
+    if rows.array.nbytes > LARGE:
+        return rows
+    return torch.cat([part for _, part in parts(rows)])
 
 
 def check_labels(path, labels, names, n):
@@ -516,19 +495,19 @@ def check_labels(path, labels, names, n):
     if labels.shape == (n, 1):
         labels = labels[:, 0]
     if labels.shape != (n,) or labels.dtype.kind not in "iu":
-        found = "text" if labels.dtype.kind in "US" else f"{labels.dtype} {labels.shape}"
-        raise UserError(f"{path}: labels must be {n} integers, one for each sample; found {found}")
-    low = labels.min()
+        raise UserError(
+            f"{path}: labels must be {n} integers, one for each sample; found"
+            f" {labels.dtype.name} {labels.shape}"
+        )
     high = labels.max()
-    if low < 0 or high >= 10_000:
-        raise UserError(f"{path}: labels must be from 0 to 9999; found {low} to {high}")
-    names = np.ravel(names if len(names) else range(high + 1))
-    if names.dtype.kind == "S":
-        names = np.char.decode(names, "utf-8", "replace")
-    names = names.astype(str)
+    if labels.min() < 0 or high >= 10_000:
+        raise UserError(f"{path}: labels must be from 0 to 9999; found {labels.min()} to {high}")
+    if not np.size(names):
+        names = range(high + 1)
+    names = np.ravel(names).astype(str).tolist()
     if high >= len(names):
         raise UserError(f"{path} has labels up to {high}, but {len(names)} names: give all names")
-    return labels.astype(np.int64), names.tolist()
+    return labels.astype(np.int64), names
 
 
 # -------------------------------------------------------------------------------------------------
@@ -539,34 +518,32 @@ def standard(path, array, rows):
     """The mean (C,) of each channel over those rows, and one scale, in float64: float32 would lose
     what lies far from 0. UserError where there is nothing to learn, warnings where values are
     odd."""
-    kind = "axis" if array.ndim == 2 else "channel"
-    values = Rows(array, rows, lambda part: part.astype(np.float64))
+    values = Rows(array, rows, np.float64)
     n = len(rows) * math.prod(array.shape[1:-1])
-    shift = sum(part.flatten(0, -2).sum(0) for _, part in parts(values)) / n
-    square = sum((part.flatten(0, -2) - shift).square().sum(0) for _, part in parts(values))
+    axes = (0, 2, 3)[: array.ndim - 1]  # all but the channels
+    # one pass over the rows for the mean, one for the spread of each channel
+    shift = sum(x.sum(axes, keepdim=True) for _, x in parts(values)) / n
+    square = sum((x - shift).square().sum(axes) for _, x in parts(values))
     spread = (square / n).sqrt()
-    scale = float(spread.square().mean().sqrt())
+    scale = math.sqrt(square.mean() / n)
 
-    is_finite = all(np.isfinite(part).all() for _, part in parts(array))
-    if not is_finite or not math.isfinite(scale):
+    # a sum is finite if all of its terms are
+    if not math.isfinite(scale + array.sum(dtype=np.float64)):
         fix = "remove the rows with NaN or infinity, or fill them, say with the mean"
         raise UserError(f"{path} has values that are not finite, or too large: {fix}")
-    if scale <= 1e-14 * float(shift.abs().max()):
-        fix = "there is nothing to learn, give samples that differ"
-        raise UserError(f"{path} is constant on every {kind}: {fix}")
+    if scale <= 1e-14 * shift.abs().max():
+        raise UserError(f"{path} is constant in every channel: give samples that differ")
     if spread.min() < spread.max() / 100:
-        narrow = int(spread.argmin())
-        wide = int(spread.argmax())
         warn(
             path,
-            f"{kind} {narrow} spreads over {spread[narrow]:.3g}, {kind} {wide} over"
-            f" {spread[wide]:.3g}, and one scale serves all: rescale if both matter",
+            f"axis or channel {spread.argmin()} spreads over {spread.min():.3g}, {spread.argmax()}"
+            f" over {spread.max():.3g}, and one scale serves all: rescale if both matter",
         )
-    some = values[:: 1 + values.array[0].size * len(rows) // 2**22]
-    some = some.reshape(len(some), -1, array.shape[-1]).numpy()
-    warn_of_fill(path, some)
-    warn_of_far_rows(path, some, scale)
-    return shift.numpy(), scale
+    sample = some(values).numpy()
+    off = sample - np.median(sample, axes, keepdims=True)
+    warn_of_fill(path, sample)
+    warn_of_far_rows(path, off, scale)
+    return shift.flatten().numpy(), scale
 
 
 def warn(path, text):
@@ -584,30 +561,31 @@ def warn_of_axes(path, shape):
         warn(path, f"{taken} with {channels[0]} channels: {fix}")
 
 
-def warn_of_fill(path, some):
-    """A value that stands for "missing", as -9999 does: frequent, and far from all others."""
-    for values in np.moveaxis(some, 2, 0):
-        found, counts = np.unique(values, return_counts=True)
-        for value in {found[counts.argmax()], found[0], found[-1]}:
-            is_value = values == value
-            others = values[~is_value]
-            if is_value.sum() < max(3, 0.001 * values.size) or not len(others):
+def warn_of_fill(path, sample):
+    """A value that stands for "missing", as -9999 does: frequent in one channel of the sample
+    (N, C, ...), and far from all others, so that it is the smallest or the largest there."""
+    for values in sample.swapaxes(0, 1):
+        for value in (values.min(), values.max()):
+            share = np.mean(values == value)
+            if not 0.001 <= share < 1:
                 continue
+            others = values[values != value]
             low, middle, high = np.quantile(others, (0.05, 0.5, 0.95))
             if abs(value - middle) > 20 * (high - low) > 0:
                 warn(
                     path,
-                    f"{100 * is_value.mean():.2g} % of the values are {value:.6g}, far from all"
+                    f"{100 * share:.2g} % of the values are {value:.6g}, far from all"
                     " others: if that stands for missing values, fill them, say with the mean",
                 )
                 return
 
 
-def warn_of_far_rows(path, some, scale):
-    """A few rows so far from the others that these become nearly equal in network units."""
-    off = some - np.median(some, (0, 1))
-    distance = np.sqrt(np.square(off).mean((1, 2)))
-    near = float(np.median(distance))
+def warn_of_far_rows(path, off, scale):
+    """A few rows so far from the others that these become nearly equal in network units. off:
+    differences from the median of each channel."""
+    squares = np.square(off).reshape(len(off), -1)
+    distance = np.sqrt(squares.mean(1))
+    near = np.median(distance)
     few = np.mean(distance > scale) < 0.1
     if few and near < scale / 6:  # Gaussians: 0.7 to 1; Student's t, 3 degrees of freedom: 0.4
         warn(

@@ -63,7 +63,9 @@ def apng(frames, milliseconds=100):
     out = [start, mark, chunk(b"acTL", count), pixels]
     for i, frame in enumerate(frames):
         delay = milliseconds if i < n - 1 else 2000
-        control = struct.pack(">5I2H2B", 2 * i, width, height, 0, 0, delay, 1000, 0, 0)
+        place = (width, height, 0, 0)
+        time = (delay, 1000)
+        control = struct.pack(">5I2H2B", 2 * i, *place, *time, 0, 0)
         number = struct.pack(">I", 2 * i + 1)
         out.append(chunk(b"fcTL", control))
         out.append(chunk(b"fdAT", number + compressed(frame)))
@@ -128,8 +130,9 @@ FONT = """
 #.........#.#.....####....##...####...#....#.#..#...#..###..#####....##...#...##................
 """
 INK = np.array([list(line) for line in FONT.split()]) == "#"
-GLYPHS = np.where(INK, 0, 255).astype(np.uint8)
-GLYPHS = GLYPHS.reshape(6, 7, 16, 6).swapaxes(1, 2).reshape(96, 7, 6)
+PIXELS = np.where(INK, 0, 255).astype(np.uint8)
+SIX_ROWS = PIXELS.reshape(6, 7, 16, 6)  # each of sixteen characters
+GLYPHS = SIX_ROWS.swapaxes(1, 2).reshape(96, 7, 6)
 LETTER_HEIGHT = 14  # pixels: each of a glyph becomes 2 x 2
 LETTER_WIDTH = 12
 
@@ -195,7 +198,8 @@ def image_grid(images, columns=None, scale=None, names=()):
     if shown.size < cells.size:
         part = f"{len(shown)} of {rows} rows, {shown.shape[1]} of {columns} columns"
         warnings.warn(f"the picture shows {part}: all would be too large", stacklevel=2)
-    grid = shown.swapaxes(1, 2).reshape(len(shown) * H, -1, c)
+    by_pixel_rows = shown.swapaxes(1, 2)
+    grid = by_pixel_rows.reshape(len(shown) * H, -1, c)
     grid = enlarged(grid[:-1, :-1], scale)
 
     if names:
@@ -209,7 +213,7 @@ def beside_rows(names, rows, height, channels):
     names are cut."""
     names = [name[:20] for name in names[:rows]]
     names += [""] * (rows - len(names))
-    width = LETTER_WIDTH * (2 + max(map(len, names)))
+    width = LETTER_WIDTH * (1 + max(map(len, names)))
     labels = [label(name, height, width, channels) for name in names]
     return np.concatenate(labels)
 

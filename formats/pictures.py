@@ -34,8 +34,8 @@ from formats.files import MARK, UserError, cached, reading, say, why
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM".split()  # Pillow's others could start foreign programs
 ENDINGS = tuple(".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .ppm .pgm".split())
 HELD_OUT = {"test", "val", "valid", "validation"}
-# files that mark a folder of this program, and what is in them, unless they are empty: others have
-# a log.txt, too
+# files that mark the folder of a run, and what is in them unless they are empty: others have a
+# log.txt, too
 OF_A_RUN = {"ckpt.pt": b"", "samples.npz": b"", "log.txt": b"sigma_data="}
 LARGEST = "largest value of 16 bits"
 DARK = 2**14  # below it are rather 12 bits in 16, or 8
@@ -62,6 +62,7 @@ def opened(file, changes):
     has_16_bits = ";16" in stored or "65535" in stored
     image = ImageOps.exif_transpose(image)
 
+    # grey of 16 bits is brought to 8 here, colour by Pillow
     largest = 0
     if image.mode[0] in "IF":
         values = np.asarray(image)
@@ -150,12 +151,11 @@ def load(path, size):
         )
     about = by_list(files, lists) if lists else by_folder(files)
     classes = about.get("names", [])
-    held_out = about.get("held_out", [])
 
     counts = {
         f"pictures of {size} x {size} pixels": len(files),
         f"classes ({shorten(classes)})": len(classes),
-        "held out": len(held_out),
+        "held out": len(about.get("held_out", [])),
         **changes,
         **left_out,
         f"broken pictures skipped: {shorten(skipped)}": len(skipped),
@@ -183,7 +183,7 @@ def sort_out(path):
     with reading(path, "give a folder or zip of pictures"):
         files = walk(path, left_out) if path.is_dir() else members(path)
 
-    # folders of runs, but for the one that was asked for
+    # the folders of runs, but for the one that was asked for
     runs = set()
     for name, open_file in files.items():
         place = Path(name)
@@ -317,7 +317,7 @@ def by_folder(files):
             number = {name: i for i, name in enumerate(classes)}
             labels = np.array([number[name] for name in outer])
             return about | {"labels": labels, "names": classes}
-        # there is a folder around them all
+        # neither parts nor a folder around them all are classes
         folders = [folder[1:] for folder in folders]
 
     if any(folders):

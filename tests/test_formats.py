@@ -278,7 +278,7 @@ def test_a_mask_is_the_alpha_of_a_picture_or_its_grey(bands):
 
 
 def test_pictures_of_every_format_are_read():
-    for ending in "png jpg jfif webp gif bmp tif ppm".split():
+    for ending in "PNG jpg jfif webp gif bmp tif ppm".split():
         keywords = {"format": "JPEG"} if ending == "jfif" else {}
         paint(f"s/картинка\n.{ending}", flat((250, 10, 10)), **keywords)
     array = loaded()["array"].astype(int)

@@ -2,8 +2,8 @@
 
 Of each picture the central square, upright, on white, is brought to size x size by Lanczos'
 filter; all are grey if each is. What lies below a folder counts, also through links, but not what
-begins with a dot or is in __MACOSX, nor what this program wrote: the folders of its runs, and its
-pictures, which carry a mark.
+begins with a dot, nor what this program wrote: the folders of its runs, and its pictures, which
+carry a mark.
 
     a/1.png b/2.png              classes a and b, numbers in their own order; one folder around
                                  them all changes nothing
@@ -200,7 +200,7 @@ def sort_out(path):
         place = Path(name)
         if not runs.isdisjoint(place.parents):
             left_out["files in run folders of this program left out"] += 1
-        elif "/." in f"/{name}" or "/__MACOSX/" in f"/{name}":
+        elif "/." in f"/{name}":
             left_out["hidden files not read"] += 1
         elif place.suffix.lower() in ENDINGS:
             pictures[name] = files[name]

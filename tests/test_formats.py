@@ -416,6 +416,8 @@ def zipped(folder):
         "of/Train/cat/1.png=cat of/Train/dog/2.png=dog of/VAL/dog/3.png=dog*",
         "train/a/1.png=a validation/a/2.png=a* test/b/3.png=b*",
         "train/a/1.png= train/x.png= test/a/3.png=*",
+        "train/train/1.png=train train/val/2.png=val test/train/3.png=train*",
+        "val/1.png=val a/2.png=a",
         "only/1.png= only/2.png=",
     ],
 )

@@ -579,6 +579,7 @@ def test_cifar10_is_read_as_an_archive_and_unpacked_too():
     found = official.load("cifar10", archive)
     assert same(found["array"], images)
     assert found["labels"].tolist() == [*range(10), 0, 1]
+    assert found["names"][3] == "cat"
     shutil.unpack_archive(archive, "s")
     np.testing.assert_equal(official.load("cifar10", Path("s")), found)
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,18 @@ def say(text, stream=None, end="\n"):
     """Prints, by default to stdout. A terminal or pipe that is gone costs nothing."""
     with suppress(OSError, ValueError, AttributeError):
         print(text, file=stream, end=end, flush=True)
+
+
+@contextmanager
+def reading(path, fix):
+    """Whatever numpy, Pillow, zipfile and others raise (a dozen kinds) becomes a UserError. They
+    raise no NameError: that is of code which somebody edits, and keeps its traceback."""
+    try:
+        yield
+    except (UserError, NameError):
+        raise
+    except Exception as error:
+        raise UserError(f"cannot read {path} ({why(error)}): {fix}") from None
 
 
 def write_files(files, fix="make room, or choose another folder"):
@@ -61,39 +73,44 @@ def make_folder(path):
     return Path(path)
 
 
-def absolute(path):
-    """The absolute path, with ~ for a home folder. UserError for the home of nobody."""
+def absolute(path, fix="give another path"):
+    """The absolute path, with ~ for a home folder. UserError where that is not known."""
     try:
         return Path(os.path.abspath(Path(path).expanduser()))
     except RuntimeError as error:
-        raise UserError(f"no such folder: {path} ({why(error)})") from None
+        raise UserError(f"no such folder: {path} ({why(error)}): {fix}") from None
 
 
 def cache_dir():
     """The folder for downloads and converted pictures. It may be deleted at any time."""
-    folder = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return Path(folder or Path.home() / ".cache") / "phase-ref"
-    except RuntimeError:  # HOME is not set, and the system does not know this user
-        fix = "set XDG_CACHE_HOME to a folder"
-        raise UserError(f"there is no home folder for the cache: {fix}") from None
+    folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return absolute(folder, fix="set XDG_CACHE_HOME to a folder") / "phase-ref"
 
 
 def cached(source, size, files, pictures, state):
     """What the generator `pictures` yields, uint8 (size, size, 3) each, as one memory-mapped array,
     and the `state` that it fills. Both are kept in the cache, until the name, size or time of one
     of the files changes."""
-    stats = [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr(("2", size, stats)).encode()).hexdigest()[:16]
-    target = cache_dir() / f"{source.stem[:50]}-{size}-{key}.npy"
+    # a changed file changes the name of the array in the cache
+    stats = []
+    for file in files:
+        found = file.stat()
+        stats.append((str(file.absolute()), found.st_size, found.st_mtime_ns))
+    key = hashlib.sha256(repr(("3", size, stats)).encode()).hexdigest()
+    target = cache_dir() / f"{source.stem[:50]}-{size}-{key[:16]}.npy"
     beside = target.with_suffix(".json")
+
+    # what is missing or damaged is made again; write_files says what cannot be made
+    with suppress(Exception):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return np.load(target, mmap_mode="r"), json.loads(beside.read_text())
 
     def write(file):
         # the header has 128 bytes for any n; it is written last, when n is known
         file.seek(128)
         n = 0
         for picture in pictures:
-            file.write(np.ascontiguousarray(picture))
+            file.write(picture.tobytes())
             n += 1
             if n % 500 == 0:
                 say(f"{source}: {n} pictures read", sys.stderr, end="\r")
@@ -101,12 +118,8 @@ def cached(source, size, files, pictures, state):
         header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
         np.lib.format.write_array_header_1_0(file, header)
 
-    # what is missing or damaged is made again; write_files says what cannot be made
-    with suppress(Exception):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return np.load(target, mmap_mode="r"), json.loads(beside.read_text())
-    write_files(
-        {target: write, beside: lambda file: file.write(json.dumps(state).encode())},
-        fix="make room, or set XDG_CACHE_HOME to another folder",
-    )
+    def write_state(file):
+        file.write(json.dumps(state).encode())
+
+    write_files({target: write, beside: write_state}, "make room, or set XDG_CACHE_HOME")
     return np.load(target, mmap_mode="r"), state

@@ -35,39 +35,41 @@ def compressed(array):
     return zlib.compress(b"".join(rows), 9)
 
 
+def parts(array):
+    """A picture as the four parts of a PNG: what begins it, our mark, the pixels, the end."""
+    height, width = array.shape[:2]
+    colour = 2 if array.ndim == 3 else 0
+    header = struct.pack(">2I5B", width, height, 8, colour, 0, 0, 0)
+    start = SIGNATURE + chunk(b"IHDR", header)
+    mark = chunk(MARK[:4], MARK[4:])
+    pixels = chunk(b"IDAT", compressed(array))
+    return start, mark, pixels, chunk(b"IEND", b"")
+
+
 def png(array):
     """uint8 (H, W) or (H, W, 3) -> the bytes of a PNG."""
-    return apng([array])
+    return b"".join(parts(array))
 
 
 def apng(frames, milliseconds=100):
     """uint8 pictures of one shape -> the bytes of an animated PNG that repeats for ever and holds
-    its last frame for two seconds. Viewers that do not animate show the last frame. Of one picture
-    it makes a plain PNG."""
-    last = frames[-1]
-    for frame in frames:
-        if frame.dtype != np.uint8 or frame.shape != last.shape or last.shape[2:] not in ((), (3,)):
-            found = f"{frame.dtype} {frame.shape}"
-            raise ValueError(f"pictures are uint8 (H, W) or (H, W, 3), of one shape; got {found}")
-    height, width = last.shape[:2]
-    colour = 2 if last.ndim == 3 else 0
-    header = struct.pack(">2I5B", width, height, 8, colour, 0, 0, 0)
+    its last frame for two seconds. Viewers that do not animate show the last frame."""
+    n = len(frames)
+    height, width = frames[-1].shape[:2]
+    start, mark, pixels, end = parts(frames[-1])
+    count = struct.pack(">2I", n, 0)
 
     # the picture itself has no control chunk, so it is no part of the animation
-    out = [SIGNATURE, chunk(b"IHDR", header), chunk(MARK[:4], MARK[4:])]
-    if len(frames) > 1:
-        out.append(chunk(b"acTL", struct.pack(">2I", len(frames), 0)))
-    out.append(chunk(b"IDAT", compressed(last)))
-    if len(frames) > 1:
-        number = 0  # of the chunks that animate
-        for frame in frames:
-            delay = 2000 if number == 2 * len(frames) - 2 else milliseconds
-            control = struct.pack(">5I2H2B", number, width, height, 0, 0, delay, 1000, 0, 0)
-            out.append(chunk(b"fcTL", control))
-            out.append(chunk(b"fdAT", struct.pack(">I", number + 1) + compressed(frame)))
-            number += 2
-    out.append(chunk(b"IEND", b""))
-    return b"".join(out)
+    out = [start, mark, chunk(b"acTL", count), pixels]
+    for i, frame in enumerate(frames):
+        delay = milliseconds if i < n - 1 else 2000
+        place = (width, height, 0, 0)
+        time = (delay, 1000)
+        control = struct.pack(">5I2H2B", 2 * i, *place, *time, 0, 0)
+        number = struct.pack(">I", 2 * i + 1)
+        out.append(chunk(b"fcTL", control))
+        out.append(chunk(b"fdAT", number + compressed(frame)))
+    return b"".join([*out, end])
 
 
 def write_png(path, array):
@@ -127,23 +129,39 @@ FONT = """
 #.........#.#.........#..#....#...#..#.#..#.#.#..#.#......#..#......#.....#.....#...............
 #.........#.#.....####....##...####...#....#.#..#...#..###..#####....##...#...##................
 """
-GLYPHS = np.array([list(line) for line in FONT.split()]) == "#"
-GLYPHS = GLYPHS.reshape(6, 7, 16, 6).swapaxes(1, 2).reshape(96, 7, 6)
-LETTER = (14, 12)  # pixels: each of a glyph becomes 2 x 2
+INK = np.array([list(line) for line in FONT.split()]) == "#"
+PIXELS = np.where(INK, 0, 255).astype(np.uint8)
+SIX_ROWS = PIXELS.reshape(6, 7, 16, 6)  # each of sixteen characters
+GLYPHS = SIX_ROWS.swapaxes(1, 2).reshape(96, 7, 6)
+LETTER_HEIGHT = 14  # pixels: each of a glyph becomes 2 x 2
+LETTER_WIDTH = 12
+
+
+def enlarged(picture, scale):
+    """Each pixel of (H, W) or (H, W, C) becomes scale x scale of them."""
+    return picture.repeat(scale, 0).repeat(scale, 1)
 
 
 def letters(words):
-    """A text as uint8 (14, 12 n), black on white; "?" stands for characters that FONT lacks."""
-    numbers = [ord(c if " " <= c <= "~" else "?") - 32 for c in words]
-    line = GLYPHS[np.array(numbers, int)].swapaxes(0, 1).reshape(7, -1)
-    return np.where(line, 0, 255).astype(np.uint8).repeat(2, 0).repeat(2, 1)
+    """A text of at least one character as uint8 (14, 12 n), black on white; "?" stands for what
+    is not ASCII."""
+    codes = np.frombuffer(words.encode("ascii", "replace"), np.uint8)
+    glyphs = GLYPHS[codes.clip(32) - 32]
+    return enlarged(np.hstack(glyphs), 2)
+
+
+def label(words, height, width, channels):
+    """White (height, width, channels) with a text in the middle of its height, cut at its width."""
+    out = np.full((height, width, channels), 255, np.uint8)
+    text = letters(f" {words}")[:, :width, None]
+    top = (height - LETTER_HEIGHT) // 2
+    out[top : top + LETTER_HEIGHT, : text.shape[1]] = text
+    return out
 
 
 def titled(picture, words):
     """The picture (H, W, 3) below a line of text, which is cut at its width."""
-    line = np.full((LETTER[0] + 8, *picture.shape[1:]), 255, np.uint8)
-    label = letters(words)[:, : line.shape[1] - LETTER[1], None]
-    line[4:-4, LETTER[1] : LETTER[1] + label.shape[1]] = label
+    line = label(words, LETTER_HEIGHT + 8, *picture.shape[1:])
     return np.concatenate([line, picture])
 
 
@@ -151,9 +169,8 @@ def titled(picture, words):
 # Grids
 
 
-def image_grid(images, columns=None, border=1, scale=None, names=()):
-    """uint8 images (N, H, W, C) side by side -> one picture, grey lines of `border` image pixels
-    between them.
+def image_grid(images, columns=None, scale=None, names=()):
+    """uint8 images (N, H, W, C) side by side -> one picture, grey lines between them.
 
     columns: by default the grid is about square. scale: whole factor of enlargement; by default
     small images grow to about 64 pixels (8x8: 8 times, 32x32: twice). names: texts, the i-th to the
@@ -163,46 +180,42 @@ def image_grid(images, columns=None, border=1, scale=None, names=()):
     scale = scale or max(1, 64 // max(h, w))
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    H = h + border
-    W = w + border
-    if names:
-        H = max(H, border + math.ceil(LETTER[0] / scale))
 
-    # empty places are as grey as the lines
+    # a cell is an image, and a line below it and to its right
+    H = h + 1
+    W = w + 1
+    if names:
+        lowest = math.ceil(LETTER_HEIGHT / scale)
+        H = max(H, lowest + 1)
     cells = np.full((rows * columns, H, W, c), 128, np.uint8)
     cells[:n, :h, :w] = images
     cells = cells.reshape(rows, columns, H, W, c)
 
+    # as many of them as the largest side has room for
     most_rows = max(1, LARGEST_SIDE // (H * scale))
     most_columns = max(1, LARGEST_SIDE // (W * scale))
-    if rows > most_rows or columns > most_columns:
-        all_of_them = f"{rows} rows of {columns}"
-        rows = min(rows, most_rows)
-        columns = min(columns, most_columns)
-        text = f"the picture shows {rows} rows of {columns}: {all_of_them} would be too large"
-        warnings.warn(text, stacklevel=2)
-        cells = cells[:rows, :columns]
+    shown = cells[:most_rows, :most_columns]
+    if shown.size < cells.size:
+        part = f"{len(shown)} of {rows} rows, {shown.shape[1]} of {columns} columns"
+        warnings.warn(f"the picture shows {part}: all would be too large", stacklevel=2)
+    by_pixel_rows = shown.swapaxes(1, 2)
+    grid = by_pixel_rows.reshape(len(shown) * H, -1, c)
+    grid = enlarged(grid[:-1, :-1], scale)
 
-    grid = cells.swapaxes(1, 2).reshape(rows * H, columns * W, c)
-    grid = grid[: rows * H - border, : columns * W - border]
-    grid = grid.repeat(scale, 0).repeat(scale, 1)
     if names:
-        grid = np.concatenate([beside_rows(names, len(grid), H * scale, h * scale, c), grid], 1)
+        column = beside_rows(names, len(shown), H * scale, c)
+        grid = np.concatenate([column[: len(grid)], grid], 1)
     return grid[..., 0] if c == 1 else grid
 
 
-def beside_rows(names, height, step, image_height, channels):
-    """White (height, width, channels) with name i in the middle of the image that begins at
-    i * step; long names are cut."""
-    names = [name if len(name) <= 20 else name[:17] + "..." for name in names]
-    width = LETTER[1] * (1 + max(len(name) for name in names))
-    out = np.full((height, width, channels), 255, np.uint8)
-    for i, name in enumerate(names):
-        label = letters(name)
-        top = i * step + max(0, image_height - LETTER[0]) // 2
-        if top < height:
-            out[top : top + LETTER[0], 6 : 6 + label.shape[1]] = label[..., None]
-    return out
+def beside_rows(names, rows, height, channels):
+    """White (rows * height, width, channels), a name in the middle of each row that has one; long
+    names are cut."""
+    names = [name[:20] for name in names[:rows]]
+    names += [""] * (rows - len(names))
+    width = LETTER_WIDTH * (1 + max(map(len, names)))
+    labels = [label(name, height, width, channels) for name in names]
+    return np.concatenate(labels)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -210,34 +223,34 @@ def beside_rows(names, height, step, image_height, channels):
 
 
 def extent(points):
-    """A square window [(x0, x1), (y0, y1)] around the first two axes of the finite points (N, D),
-    but for one in a thousand on each side."""
-    points = points[np.isfinite(points).all(1)][:, :2]
-    if len(points) == 0:
-        points = np.zeros((1, 2))
-    low, high = np.quantile(points, (0.001, 0.999), axis=0)
+    """A square window [(x0, x1), (y0, y1)] around the first two axes of points (N, D), but for one
+    in a thousand on each side."""
+    first_two = points[:, :2]
+    low, high = np.quantile(first_two, (0.001, 0.999), axis=0)
     centre = (low + high) / 2
-    width = max((high - low).max(), 1e-12 * np.abs(centre).max())
-    half = 0.58 * float(width or 1)  # of equal points, too
+    half = 0.58 * float((high - low).max())
     return [(float(c) - half, float(c) + half) for c in centre]
 
 
-def histogram(points, size=480, limit=None):
-    """Density of points (N, D) as uint8 (size, size, 3), y upwards; only the first two axes count.
-    Of numbers (N, 1) a bar chart. limit: [(x0, x1), (y0, y1)], by default the extent of the
-    points."""
-    limit = limit or extent(points)
+def histogram(points, limit=None):
+    """Density of points (N, D) as uint8 (480, 480, 3), y upwards; only the first two axes count,
+    and what is not finite is left out. Of numbers (N, 1) a bar chart. limit: [(x0, x1), (y0, y1)],
+    by default the extent of the points."""
     points = points[np.isfinite(points).all(1)]
+    limit = limit or extent(points)
     if points.shape[1] == 1:
-        level = bars(points[:, 0], size // 2, limit[0])
+        level = bars(points[:, 0], 240, limit[0])
     else:
-        level = density(points, size // 2, limit)
+        level = density(points, 240, limit)
 
     # white, light blue, blue, nearly black
-    ramp = np.array([(255, 255, 255), (130, 180, 220), (40, 80, 160), (10, 10, 50)])
-    colour = [np.interp(level, (0, 1 / 3, 2 / 3, 1), channel) for channel in ramp.T]
-    picture = np.stack(colour, -1).round().astype(np.uint8)
-    return picture.repeat(2, 0).repeat(2, 1)
+    steps = (0, 1 / 3, 2 / 3, 1)
+    red = np.interp(level, steps, (255, 130, 40, 10))
+    green = np.interp(level, steps, (255, 180, 80, 10))
+    blue = np.interp(level, steps, (255, 220, 160, 50))
+    picture = np.stack([red, green, blue], -1)
+    picture = picture.round().astype(np.uint8)
+    return enlarged(picture, 2)
 
 
 def bars(numbers, bins, limit):
@@ -252,7 +265,9 @@ def bars(numbers, bins, limit):
 
 def density(points, bins, limit):
     """(bins, bins) from 0 to 1: how dense the points (N, D) are, the first axis to the right."""
-    count, _, _ = np.histogram2d(points[:, 0], points[:, 1], bins, limit)
-    count = np.flip(count.T, 0)
+    x = points[:, 0]
+    y = points[:, 1]
+    count = np.histogram2d(x, y, bins, limit)[0]
+    count = count.T[::-1]
     dense = np.quantile(count[count > 0], 0.99) if count.any() else 1
     return np.sqrt(np.minimum(count / dense, 1))  # the root shows thin structure beside dense

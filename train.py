@@ -342,7 +342,7 @@ def load_checkpoint(path=None):
 
 def check_writer(ckpt):
     """ValueError for a checkpoint of another program or version, or with broken weights."""
-    if not isinstance(ckpt, dict) or not {"config", "net", "data"} <= ckpt.keys():
+    if not isinstance(ckpt, dict) or not {"config", "net", "ema", "data"} <= ckpt.keys():
         raise ValueError("another program wrote it")
     if ckpt.get("layout", 1) > LAYOUT:
         raise ValueError("a newer version of this program wrote it")

@@ -13,9 +13,12 @@ import os
 import sys
 import time
 import zipfile
+from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import distributed
@@ -27,7 +30,7 @@ import nets
 from extras import clock
 from formats import command
 from formats.command import HEARD, Options, Stopping, flag, option, parser
-from formats.files import UserError, absolute, say, why, write_files
+from formats.files import UserError, absolute, make_folder, say, why, write_files
 from formats.png import write_png
 
 # The methods: the page with loss, denoise and SAMPLERS, and the process. One of your own, added
@@ -48,9 +51,7 @@ class Config(Options):
     method: str = option("agm", "phase stochastic bridge, or high-order Langevin", choices=METHODS)
     order: int = option(3, "of HOLD: 1 is OU/VP, 2 is CLD, 3 is HOLD", 1, 8)
     target: str = option(
-        "data",
-        "what the net learns: data, or a paper's: ode, sde (AGM), noise (HOLD)",
-        choices=("data", "ode", "sde", "noise"),
+        "data", "what the net learns: data, or a paper's: ode, sde (AGM), noise (HOLD)"
     )
     data: str = adjustable("digits", f"{', '.join(data.NAMES)}, .npy or .npz file, folder or zip")
     data_dir: str = adjustable("", "where the files of a named data set are; default: the cache")
@@ -98,32 +99,33 @@ class Config(Options):
 
 def configure(argv):
     """Command line -> (config, checkpoint or None)."""
-    # a first pass finds the data and the device, as they decide on the defaults
-    without_help = [a for a in argv if a not in ("-h", "--help")]
+    # a first pass finds the run, or the data and the device, as they decide on the defaults
+    without_help = [word for word in argv if word not in ("-h", "--help")]
     given = parser(Config(), __doc__).parse_args(without_help)
-    ckpt = None
-    if given.resume:
-        ckpt = load_checkpoint(given.out)
+    ckpt = load_checkpoint(given.out) if given.resume else None
+    if ckpt:
         defaults = replace(ckpt["config"], out=str(ckpt["path"].parent))
     else:
         shape = data.shape_of(given.data, given.size)
         preset = preset_for(shape, pick_device(given.device).type)
         defaults = replace(Config(), **preset)
-
     args = vars(parser(defaults, __doc__).parse_args(argv))
-    for key, value in args.items():
-        if isinstance(value, list):
-            args[key] = tuple(value)
-    for key in ("data", "data_dir"):  # absolute, so that a resumed run finds them from any folder
+
+    # paths are absolute, so that a resumed run finds them from any folder
+    for key in ("data", "data_dir"):
         if args[key] and args[key] not in data.NAMES:
             args[key] = str(absolute(args[key]))
+    for key in ("mult", "attention"):
+        args[key] = tuple(args[key])
+
+    # what does not go together
     if args["order"] != Config.order and not has_order(METHODS[args["method"]][1]):
         raise UserError(f"{args['method']} has no --order: leave it out, or add --method hold")
     if ckpt:
         check_changes(defaults, args)
         if given.minutes:
             ckpt["minutes"] = 0.0  # of the schedule that begins now
-        elif any(word.split("=")[0] == "--steps" for word in argv):
+        elif args["steps"] != defaults.steps:
             args["minutes"] = 0.0
     return Config(**args), ckpt
 
@@ -172,22 +174,19 @@ def preset_for(shape, device):
 
 def pick_device(name):
     """torch.device. UserError if it cannot be used."""
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto" and torch.backends.mps.is_available():
-        name = "mps"
-    elif name == "auto":
-        name = "cpu"
+    if name == "auto":
+        there = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if there else "cpu"
     try:
-        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("it is none of cpu, cuda, mps")
         if name == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if name.startswith("cuda"):
             torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
             torch.backends.cudnn.benchmark = True
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
+        number = torch.zeros(1, device=name)
+        number.item()  # a device without numbers, as meta, fails here
+        return number.device
+    except Exception as error:  # torch raises a dozen kinds
         raise UserError(f"cannot use --device {name} ({why(error):.100}): leave it out") from None
 
 
@@ -219,20 +218,19 @@ def build(config, facts):
     # a denoiser sees y at the time sigma/(1 + sigma), a paper's net sees the state
     C, *size = facts["shape"]
     sees = C
-    embedding = dict(T=1.0, t_data=0.0)
+    times = dict(T=1.0, t_data=0.0)
     if config.target != "data":
         sees = process.n * C
-        embedding = dict(T=max(process.first, process.last), t_data=process.data_time)
-    classes = facts["labels"] if config.classes else 0
+        times = dict(T=max(process.first, process.last), t_data=process.data_time)
 
     # a network of your own goes here: net(m, t, label=None) -> (B, C, ...), see nets.py
+    classes = facts["labels"] if config.classes else 0
+    common = dict(width=config.width, classes=classes, **times)
     if size:
         shape = dict(mult=config.mult, blocks=config.blocks, attention=config.attention)
-        net = nets.UNet(
-            sees, C, config.width, dropout=config.dropout, classes=classes, **shape, **embedding
-        )
+        net = nets.UNet(sees, C, dropout=config.dropout, **shape, **common)
     else:
-        net = nets.MLP(sees, C, config.width, config.blocks, classes=classes, **embedding)
+        net = nets.MLP(sees, C, depth=config.blocks, **common)
     return page, process, net
 
 
@@ -240,9 +238,11 @@ def load_data(config, ckpt):
     """The data set, and its facts: those of the run, if one goes on. UserError if they differ."""
     try:
         dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
-    except UserError as error:
+    except UserError as error:  # moved, perhaps
         anew = "name the data anew by --data: " if ckpt else ""
         raise UserError(f"{anew}{error}") from None
+
+    # what sampling and --resume need to know of it
     facts = dataset.summary()
     facts["noise"] = POINTS_NOISE if facts["kind"] == "points" else IMAGES_NOISE
     if config.classes and not facts["labels"]:
@@ -260,40 +260,35 @@ def check_same(found, facts, name):
         unit = facts["scale"] if key in ("shift", "scale") else 1.0
         new = torch.as_tensor(found[key], dtype=torch.float64)
         old = torch.as_tensor(facts[key], dtype=torch.float64)
-        if new.shape != old.shape or ((new - old).abs() > 1e-5 * unit).any():
+        if new.shape != old.shape or not new.allclose(old, rtol=0, atol=1e-5 * unit):
             differs = f"its {key} is {found[key]!s:.50}, not {facts[key]!s:.50}"
             raise UserError(f"{name} is not the run's data: {differs}")
 
 
+def folder_of(config, ckpt):
+    """The run's folder: that of the checkpoint, or a new one, which the first process makes."""
+    if ckpt:
+        return ckpt["path"].parent
+    return Path(config.out) if RANK else new_folder(config)
+
+
 def new_folder(config):
-    """The folder of a new run. mkdir is atomic, so no two runs get the same."""
+    """The folder of a new run. UserError if --out names one that is not empty."""
     if config.out:
-        return asked_folder(Path(config.out.removesuffix("/ckpt.pt")))
-    base = f"runs/{config.method}-{Path(config.data).stem}"
-    out = Path(base)
-    for number in itertools.count(2):
-        try:
-            out.mkdir(parents=True)
-            return out
-        except FileExistsError:
-            out = Path(f"{base}-{number}")
-        except OSError as error:
-            raise UserError(f"cannot make {out} ({why(error)}): choose another --out") from None
-
-
-def asked_folder(out):
-    """The folder of --out, new or empty. UserError if it is neither."""
-    try:
-        if out.is_dir() and not any(out.iterdir()):
-            return out
-        out.mkdir(parents=True)
-        return out
-    except FileExistsError:
+        out = make_folder(config.out.removesuffix("/ckpt.pt"))
         if (out / "ckpt.pt").exists():
-            raise UserError(f"{out} has a run: --resume, or another --out") from None
-        raise UserError(f"{out} is not empty: choose another --out") from None
-    except OSError as error:
-        raise UserError(f"cannot make {out} ({why(error)}): choose another --out") from None
+            raise UserError(f"{out} has a run: --resume, or another --out")
+        if any(out.iterdir()):
+            raise UserError(f"{out} is not empty: choose another --out")
+        return out
+
+    # the first number that is free; mkdir is atomic, so no two runs get the same
+    base = make_folder("runs") / f"{config.method}-{Path(config.data).stem:.50}"
+    for number in itertools.count(1):
+        out = Path(base if number == 1 else f"{base}-{number}")
+        with suppress(FileExistsError):
+            out.mkdir()
+            return out
 
 
 # -------------------------------------------------------------------------------------------------
@@ -322,20 +317,22 @@ def save(out, run, step, held_out, bend, minutes):
 def load_checkpoint(path=None):
     """What `save` wrote, with `config` a Config, and its `path`. path: the file or its folder, by
     default the newest under runs/. UserError says what is wrong with a file."""
+    # the newest run, or the one that is named by its file or folder
     if not path:
-        runs = sorted(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)
-        if not runs:
-            raise UserError("no run under runs/ yet: train first, or name a checkpoint")
-        path = runs[-1]
+        path = max(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime, default=None)
+    if path is None:
+        raise UserError("no run under runs/ yet: train first, or name a checkpoint")
     path = Path(path)
     if path.is_dir():
         path = path / "ckpt.pt"
+
+    # its content, whole and of this program
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load does not compare the checksums
                 raise ValueError("it is damaged")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        check_parts(ckpt)
+        check_writer(ckpt)
         ckpt["config"] = Config(**ckpt["config"])
     except Exception as error:  # whatever zipfile and torch.load raise for a damaged file
         text = f"cannot use {path} as a checkpoint ({why(error):.150})"
@@ -343,26 +340,16 @@ def load_checkpoint(path=None):
     return dict(bend=None, minutes=0.0) | ckpt | dict(path=path)
 
 
-def check_parts(ckpt):
+def check_writer(ckpt):
     """ValueError for a checkpoint of another program or version, or with broken weights."""
     if not isinstance(ckpt, dict) or not {"config", "net", "ema", "data"} <= ckpt.keys():
         raise ValueError("another program wrote it")
     if ckpt.get("layout", 1) > LAYOUT:
         raise ValueError("a newer version of this program wrote it")
-    if not ("optimizer" in ckpt and {"mean", "window", "counts"} <= ckpt["data"].keys()):
+    if "optimizer" not in ckpt or "window" not in ckpt["data"]:
         raise ValueError("an older version of this program wrote it")
-    for weights in (*ckpt["net"].values(), *ckpt["ema"].values()):
-        if not weights.isfinite().all():
-            raise ValueError("its weights are not finite numbers")
-
-
-def load_weights(net, weights, path):
-    """Weights of a checkpoint into a net. UserError if `build` now makes another net."""
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        text = f"the weights of {path} are not those of the net that `build` makes"
-        raise UserError(f"{text} ({why(error):.150}): was it edited since?") from None
+    if not all(weights.isfinite().all() for weights in ckpt["ema"].values()):
+        raise ValueError("its weights are not finite numbers")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -375,8 +362,10 @@ if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():  # all three are 
     RANK = int(os.environ["RANK"] or 0) if WORLD > 1 else 0
 
 
-def in_parallel(net):
-    """The net, which averages its gradients over all processes."""
+def in_parallel(net, compiled):
+    """The net with the same weights, compiled or not, which averages gradients over processes."""
+    if compiled:
+        net = torch.compile(net)
     if WORLD == 1:
         return net
     distributed.init_process_group()
@@ -399,11 +388,10 @@ class Pace:
     """How much of a run is done: by updates, or with --minutes by the clock, whatever else the
     machine does. minutes: how many of them have passed before."""
 
-    def __init__(self, config, start, minutes):
+    def __init__(self, config, step, minutes):
         self.config = config
         self.began = time.perf_counter() - 60 * minutes
-        self.recent = [(start, time.perf_counter())]  # (step, time) of lines of the last minute
-        self.parts = int(6 * self.share(start))
+        self.recent = deque([(step, time.perf_counter())])  # of lines of the last minute
 
     def minutes(self):
         return (time.perf_counter() - self.began) / 60
@@ -416,20 +404,11 @@ class Pace:
             share = float(over_all(torch.tensor(share), distributed.ReduceOp.MAX))
         return min(1.0, share)
 
-    def saves(self, step, share):
-        """Whether to save now: every --save-every updates, by default at each sixth of the run."""
-        if self.config.save_every and not self.config.minutes:
-            return share == 1 or step % self.config.save_every == 0
-        parts = int(6 * share)
-        is_new = parts > self.parts
-        self.parts = parts
-        return is_new
-
     def look(self, step):
         """Updates a second over the last minute, and the minutes that are left."""
         now = time.perf_counter()
         while len(self.recent) > 1 and now - self.recent[1][1] > 60:
-            self.recent.pop(0)
+            self.recent.popleft()
         first, since = self.recent[0]
         self.recent.append((step, now))
         speed = (step - first) / max(now - since, 1e-9)
@@ -439,22 +418,31 @@ class Pace:
         return speed, left
 
 
-class Log:
-    """Lines on the terminal and in the run's log.txt; if one cannot be written, the other goes on.
-    Losses are added up on the device: to read each would wait for each update."""
+def share_between_saves(config):
+    """A sixth of the run, or --save-every updates."""
+    if config.save_every and not config.minutes:
+        return config.save_every / config.steps
+    return 1 / 6
 
-    def __init__(self, path, device):
+
+def is_save_between(before, after, config):
+    """Whether a save falls between these two shares of a run. There is one more after a twentieth,
+    as people want to see a picture early."""
+    every = share_between_saves(config)
+    number_before = int(before / every + 1e-9)
+    number_after = int(after / every + 1e-9)
+    return number_after > number_before or before < 0.05 <= after or after == 1
+
+
+class Log:
+    """Lines on the terminal and in the run's log.txt; if one cannot be written, the other goes
+    on."""
+
+    def __init__(self, path):
         try:
             self.file = open(os.devnull if RANK else path, "a", errors="replace")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"cannot write {path} ({why(error)}): choose another --out") from None
-        self.device = device
-        self.clear()
-
-    def clear(self):
-        self.loss = torch.zeros((), device=self.device)
-        self.norm = torch.zeros((), device=self.device)
-        self.updates = 0
 
     def say(self, line):
         if RANK:
@@ -475,15 +463,20 @@ class Run:
 
     config: Config
     facts: dict  # of the data
+    device: torch.device
     page: object  # agm_ref or hold_ref
     process: object  # AGM or HOLD
     net: torch.nn.Module
     average: torch.nn.Module  # of the weights of net; samples are drawn with it
     optimizer: torch.optim.Optimizer
 
+    def predict(self, m, t, label=None):
+        return self.page.denoise(self.process, self.average, m, t, label)
+
 
 def train(config, ckpt=None):
     """Trains until the last update, the last minute, or a signal."""
+    # the data, and the net as it is new or was saved
     device = pick_device(config.device)
     part, rest = divmod(config.batch, config.accum * WORLD)
     if rest:
@@ -491,16 +484,17 @@ def train(config, ckpt=None):
     dataset, facts = load_data(config, ckpt)
     run = prepare(config, facts, ckpt, device)
     step = start = ckpt["step"] if ckpt else 0
-    served = torch.compile(run.net) if config.compile else run.net  # shares the weights
-    served = in_parallel(served)
+    served = in_parallel(run.net, config.compile)
     dataset = dataset.to(device)
 
+    # where the run is kept, and what is said of it
     out = folder_of(config, ckpt)
-    log = Log(out / "log.txt", device)
-    pace = Pace(config, start, ckpt["minutes"] if ckpt else 0.0)
+    log = Log(out / "log.txt")
     announce(log, run, dataset, start)
+    pace = Pace(config, start, ckpt["minutes"] if ckpt else 0.0)
     share = pace.share(step)
-    is_shown = start > 0
+    losses = []  # since the last line; they stay on the device, as to read one waits for it
+    norms = []
     halted = 0
     with Stopping() as stopping:
         while share < 1 and not halted:
@@ -522,33 +516,33 @@ def train(config, ckpt=None):
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
                     loss = run.page.loss(run.process, served, x, label) / config.accum
                 loss.backward()
-                log.loss += loss.detach()
+                losses.append(loss.detach())
 
-            # the update
-            log.norm += torch.nn.utils.clip_grad_norm_(run.net.parameters(), config.clip)
-            log.updates += 1
+            # the update, and the average that follows it
+            norms.append(torch.nn.utils.clip_grad_norm_(run.net.parameters(), config.clip))
             run.optimizer.step()
             follow(run.average, run.net, min(config.ema, step / (9 + step)))
 
             # where the run stands
+            before = share
             share = pace.share(step)
             halted = int(over_all(torch.tensor(stopping.number), distributed.ReduceOp.MAX))
-            saves = pace.saves(step, share) or halted
+            saves = halted or is_save_between(before, share, config)
 
             # log
             if saves or step % config.log_every == 0 or step == start + 3:
                 speed, left = pace.look(step)
-                log.say(report(log, config, step, speed, left, out))
-                log.clear()
+                log.say(report(losses, norms, config, step, speed, left, out))
+                losses.clear()
+                norms.clear()
             if step == start + 3:
                 log.say(outlook(config, speed, left))
 
-            # checkpoint and picture; the first picture comes early
+            # checkpoint and picture
             if saves and RANK == 0:
                 finish(log, run, dataset, out, step, pace.minutes(), share == 1, halted)
-            elif RANK == 0 and share >= 0.05 and not is_shown:
-                draw_picture(run, out / f"step-{step:07d}.png")
-            is_shown = is_shown or saves or share >= 0.05
+
+    # how the run ended
     if halted and share < 1:
         log.say(f"stopped at step {step}, which is saved: --resume --out '{out}' goes on")
         sys.exit(128 + halted)
@@ -559,19 +553,24 @@ def train(config, ckpt=None):
 
 def prepare(config, facts, ckpt, device):
     """The Run of a config, new or as a checkpoint has it."""
+    # the net, and the average of its weights
     torch.manual_seed(config.seed)
     page, process, net = build(config, facts)
     net = net.to(device)
     if device.type == "cuda" and len(facts["shape"]) == 3:
         net = net.to(memory_format=torch.channels_last)  # in which convolutions are faster
     average = copy.deepcopy(net).requires_grad_(False).eval()
+
+    # the optimizer; one fused call updates all weights
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(net.parameters(), config.lr, weight_decay=0.01, fused=fused)
+
+    # a run that goes on
     if ckpt:
-        load_weights(net, ckpt["net"], ckpt["path"])
-        load_weights(average, ckpt["ema"], ckpt["path"])
+        net.load_state_dict(ckpt["net"])
+        average.load_state_dict(ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
-    return Run(config, facts, page, process, net, average, optimizer)
+    return Run(config, facts, device, page, process, net, average, optimizer)
 
 
 def finish(log, run, dataset, out, step, minutes, is_last, halted):
@@ -588,44 +587,28 @@ def finish(log, run, dataset, out, step, minutes, is_last, halted):
     draw_picture(run, out / f"step-{step:07d}.png")
 
 
-def folder_of(config, ckpt):
-    """The run's folder: that of the checkpoint, or a new one, which the first process makes."""
-    if ckpt:
-        return ckpt["path"].parent
-    if RANK:
-        return Path(config.out)
-    return new_folder(config)
-
-
 def announce(log, run, dataset, start):
     """The first lines of a run: what is trained on what, and what to expect of it."""
+    # the process, the data, the net
     config = run.config
-    facts = run.facts
     log.say(str(run.process))
     if config.target == "data":
         log.say("it learns to remove noise: sample.py draws from it by any method and order")
     log.say(f"{config.data}: {data.describe(dataset)}, {len(dataset.test)} more held out")
     size = sum(p.numel() for p in run.net.parameters()) / 1e6
-    until = f"to {config.steps}"
-    if config.minutes:
-        until = f"for {config.minutes:g} minutes"
+    until = f"for {config.minutes:g} minutes" if config.minutes else f"to {config.steps}"
     log.say(f"{type(run.net).__name__} of {size:.2f}M parameters, from update {start} {until}")
-    names = [f"{i} {name}" for i, name in enumerate(facts["names"])]
+
+    # the classes, learned or not
+    names = run.facts["names"]
     if config.classes:
-        log.say("classes: " + ", ".join(names[:20]) + ", ..." * (len(names) > 20))
+        log.say("classes: " + shorten(", ".join(names), 300, placeholder=" ..."))
     elif names:
         log.say(f"--classes would learn the {len(names)} classes: samples by class are better")
 
     # what pictures of that size needed in our runs
-    side = max(facts["shape"][1:], default=0)
-    if dataset.device.type != "cpu" or side <= 12 or not dataset.is_image:
-        return
-    if side <= 20:
-        log.say("pictures of 16 pixels were good after half an hour on one core, by class")
-    elif config.size:
-        log.say("pictures of 32 pixels were blobs after half an hour on one core: try --size 16")
-    else:
-        log.say("pictures of 32 pixels were blobs after half an hour on one core")
+    if run.device.type == "cpu" and max(run.facts["shape"][1:], default=0) > 12:
+        log.say("half an hour on one core was good for 16 pixels and classes, 32 were blobs")
 
 
 def forget_some(label, none):
@@ -642,11 +625,11 @@ def follow(average, net, decay):
         a.lerp_(p, 1 - decay)
 
 
-def report(log, config, step, speed, left, out):
+def report(losses, norms, config, step, speed, left, out):
     """The log line of an update, means since the line before. UserError for a loss that is not
     finite: what is saved stays as it is."""
-    loss = float(over_all(log.loss)) / log.updates / WORLD
-    norm = float(over_all(log.norm)) / log.updates / WORLD
+    loss = float(over_all(torch.stack(losses).sum())) / len(norms) / WORLD
+    norm = float(over_all(torch.stack(norms).mean())) / WORLD
     if not math.isfinite(loss + norm):
         kept = "nothing was saved yet"
         if (out / "ckpt.pt").exists():
@@ -658,14 +641,11 @@ def report(log, config, step, speed, left, out):
 
 def outlook(config, speed, left):
     """A line that says what an update costs, when pictures come, and when the run ends."""
-    every = (config.minutes or config.steps / speed / 60) / 6
-    if config.save_every and not config.minutes:
-        every = config.save_every / speed / 60
+    minutes = config.minutes or config.steps / speed / 60
+    every = minutes * share_between_saves(config)
     ends = time.strftime("%H:%M", time.localtime(time.time() + 60 * left))
-    line = (
-        f"an update takes {1 / speed:.3f} s: a checkpoint and a picture every {every:.1f} minutes"
-    )
-    line += f", the first picture after a twentieth; the run ends in {left:.1f} minutes, at {ends}"
+    line = f"an update takes {1 / speed:.3f} s: pictures after a twentieth and every {every:.1f}"
+    line += f" minutes; the run ends in {left:.1f} minutes, at {ends}"
     if left > 24 * 60:
         line += f": {left / 1440:.1f} days; lower --steps, --width or --size, or give --minutes"
     return line
@@ -680,17 +660,16 @@ def parts_of(facts):
 def held_out_loss(run, dataset):
     """The average's loss on up to 512 held-out samples, with the same noise each time; nan without
     any."""
-    if not len(dataset.test):
+    n = min(512, len(dataset.test))
+    if n == 0:
         return math.nan
     torch.manual_seed(0)
-    n = min(512, len(dataset.test))
-    rows = torch.linspace(0, len(dataset.test) - 1, n).long()
     total = 0.0
-    for some in rows.split(parts_of(run.facts)):
-        x, label = dataset.held_out(some)
-        x = x.to(dataset.device)
-        label = label.to(dataset.device) if run.config.classes else None
-        total += len(some) * float(run.page.loss(run.process, run.average, x, label))
+    for rows in torch.linspace(0, len(dataset.test) - 1, n).long().split(parts_of(run.facts)):
+        x, label = dataset.held_out(rows)
+        label = label.to(run.device) if run.config.classes else None
+        loss = run.page.loss(run.process, run.average, x.to(run.device), label)
+        total += len(rows) * float(loss)
     return total / n
 
 
@@ -698,32 +677,33 @@ def learned_bend(log, run):
     """What the learned grid of `ode` is made of (extras/clock.py), by 40 calls for 16 samples."""
     began = time.perf_counter()
     m = run.process.prior((16, *run.facts["shape"]), torch.Generator().manual_seed(0))
-    m = m.to(next(run.net.parameters()).device)
-    predict = partial(run.page.denoise, run.process, run.average)
-    lam, size = clock.bend(run.page, run.process, predict, m, run.facts["mean"])
+    m = m.to(run.device)
+    lam, size = clock.bend(run.page, run.process, run.predict, m, run.facts["mean"])
     log.say(f"learned the grid of ode in {time.perf_counter() - began:.1f} s")
     return dict(lam=lam.tolist(), size=size.tolist())
 
 
 def draw_picture(run, path):
     """64 images, at least 8 of each class, or 10,000 points, from the same noise each time."""
+    # how many, and rows of the classes that the data have
     facts = run.facts
     n = 10_000 if facts["kind"] == "points" else 64
-    device = next(run.net.parameters()).device
     labels = None
+    mean = facts["mean"]
     if run.config.classes:
-        there = [i for i, count in enumerate(facts["counts"]) if count][:32]
-        labels = torch.tensor(there).repeat(math.ceil(max(n / len(there), 8)))
+        known = torch.tensor(facts["counts"]).nonzero()[:32, 0]
+        labels = known.repeat(max(8, math.ceil(n / len(known))))
         n = len(labels)
+        mean = None  # each class has its own
+
+    # in parts that fit the memory
     states = run.process.prior((n, *facts["shape"]), torch.Generator().manual_seed(0))
     drawn = []
     for rows in torch.arange(n).split(parts_of(facts)):
-        predict = partial(run.page.denoise, run.process, run.average)
-        mean = facts["mean"]
-        if run.config.classes:
-            predict = partial(predict, label=labels[rows].to(device))
-            mean = None  # each class has its own
-        drawn.append(run.page.ode(run.process, predict, states[rows].to(device), 20, mean).cpu())
+        label = None if labels is None else labels[rows].to(run.device)
+        predict = partial(run.predict, label=label)
+        x = run.page.ode(run.process, predict, states[rows].to(run.device), 20, mean)
+        drawn.append(x.cpu())
     samples = data.finish(torch.cat(drawn), facts)
     write_png(path, data.picture(samples, facts, labels))
 

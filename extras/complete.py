@@ -358,7 +358,7 @@ def complete(args):
         beside = torch.cat([picture, see(picture)])
         if args.rule != "paper":
             passes = args.passes
-            if args.rule == "gibbs":
+            if args.rule == "gibbs" and model.process.n > 1:
                 passes += 1
             note = f" with {passes} backward passes each"
 

@@ -29,8 +29,7 @@ def bend(method, process, predict, m, data_mean, calls=40):
 
     end = float(process.time_of_snr(200**2))
     ts = method.times(process, calls + 1, end, R)
-    start = m.clone()
-    method.ode(process, recorded, start, calls, data_mean, ts=ts)
+    method.ode(process, recorded, m, calls, data_mean, ts=ts)
 
     # slopes between two calls each, and second derivatives between two slopes each
     lam = np.array(lam)
@@ -39,7 +38,8 @@ def bend(method, process, predict, m, data_mean, calls=40):
     slopes = np.diff(x_hats, axis=0) / steps
     reach = (steps[1:] + steps[:-1]) / 2
     seconds = np.diff(slopes, axis=0) / reach
-    size = np.sqrt(np.square(seconds).mean(1))
+    mean_square = np.square(seconds).mean(1)
+    size = np.sqrt(mean_square)
 
     # smoothed over five calls
     padded = np.pad(size, 2, mode="edge")

@@ -6,6 +6,7 @@ import sys
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -136,7 +137,7 @@ BOUNDS = [
     (GAUSS, 32, True, 2e-4, 2e-3),
     (GAUSS, 32, False, 2e-4, 2e-3),  # J is a multiple of I: a random probe has no noise
     (GAUSS, 64, True, 5e-5, 1e-3),
-    (NARROW, 96, True, 2e-3, 0.06),
+    (NARROW, 96, None, 2e-3, 0.06),
 ]
 
 
@@ -325,11 +326,10 @@ def test_a_stroke_can_be_mixed_into_the_first_v_once():
 
 
 def test_picture_and_known_part_lead_each_row(monkeypatch):
-    shown = []
-    grid = complete.image_grid
-    monkeypatch.setattr(complete, "image_grid", lambda *a: shown.append(a) or grid(*a))
+    grid = Mock(wraps=complete.image_grid)
+    monkeypatch.setattr(complete, "image_grid", grid)
     complete.main("--ckpt digits --inpaint grey.npy --mask left.npy --n 9 --nfe 2".split())
-    ((cells, columns),) = shown
+    cells, columns = grid.call_args.args
     samples = np.load("digits/samples.npz")["arr_0"]
     first = np.stack([GREY, np.where(LEFT, GREY, 128)])[..., None]
     assert (samples[:, LEFT, 0] == GREY[LEFT]).all()
@@ -354,10 +354,17 @@ def test_what_is_said(line, words, capsys):
 
 @pytest.mark.parametrize(("options", "calls"), [("", 5), ("--share .3", 3), ("--inject init", 0)])
 def test_a_share_of_the_calls_follows_the_stroke(options, calls, monkeypatch):
-    redrawn = []
-    monkeypatch.setattr(complete, "redraw", lambda *a: redrawn.append(a))
+    redraw = Mock()
+    monkeypatch.setattr(complete, "redraw", redraw)
     complete.main(f"--ckpt digits --stroke grey.npy --n 1 --nfe 8 {options}".split())
-    assert len(redrawn) == calls
+    assert redraw.call_count == calls
+
+
+def test_noise_is_in_grey_levels_and_a_mean_counts_once(monkeypatch):
+    condition = Mock(wraps=complete.condition)
+    monkeypatch.setattr(complete, "condition", condition)
+    complete.main("--ckpt digits --held-out 3 --shrink 2 --noise 51 --n 1 --nfe 1".split())
+    assert condition.call_args.args[-1] == 2 * 51 / 127.5
 
 
 @pytest.mark.parametrize(

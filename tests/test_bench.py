@@ -174,7 +174,7 @@ def test_frechet_distance_is_that_of_the_centred_data_s_singular_values(n, m, D)
     traces = X.square().sum() + Y.square().sum()
     cross = torch.linalg.svdvals(X @ Y.mT).sum()
     found = fid.frechet(fid.moments(a.split(30)), fid.moments([b]))
-    assert found == pytest.approx(float(means + traces - 2 * cross), rel=1e-6)
+    assert found == pytest.approx(float(means + traces - 2 * cross), rel=1e-11)
 
 
 @pytest.fixture(scope="module")

@@ -352,11 +352,21 @@ def test_what_is_said(line, words, capsys):
     assert words in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("options", "calls"), [("", 5), ("--share .3", 3), ("--inject init", 0)])
-def test_a_share_of_the_calls_follows_the_stroke(options, calls, monkeypatch):
+@pytest.mark.parametrize(
+    ("line", "calls"),
+    [
+        ("--stroke grey.npy", 5),
+        ("--stroke grey.npy --share .3", 3),
+        ("--stroke grey.npy --inject init --method hold --sampler strang", 0),
+        ("--held-out 3 --shrink 2 --rule paper", 8),
+        ("--held-out 3 --shrink 2 --rule gibbs", 7),
+        ("--held-out 3 --shrink 2 --method hold --order 1", 0),
+    ],
+)
+def test_blocks_are_redrawn_before_so_many_of_eight_calls(line, calls, monkeypatch):
     redraw = Mock()
     monkeypatch.setattr(complete, "redraw", redraw)
-    complete.main(f"--ckpt digits --stroke grey.npy --n 1 --nfe 8 {options}".split())
+    complete.main(f"--ckpt digits --n 1 --nfe 8 {line}".split())
     assert redraw.call_count == calls
 
 

@@ -20,7 +20,6 @@ import sys
 import warnings
 import zlib
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -128,9 +127,7 @@ def inception(path, device):
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # TorchScript is deprecated, but the network comes in it
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but the net comes in it
             net = torch.jit.load(path, map_location=device).eval()
         size = features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
     except (RuntimeError, ValueError, OSError, AttributeError) as error:
@@ -157,31 +154,34 @@ def stored(path):
 
 
 def images_of(path):
-    """The samples: uint8 (N, C, H, W), or the paths of a folder's pictures."""
+    """The samples: uint8 (N, C, H, W), or the paths of a folder's pictures, of those that training
+    would find."""
     if (path / "ckpt.pt").exists():
         path = path / "samples.npz"
     if path.is_dir():
-        files = sorted(path.rglob("*"))
-        return [file for file in files if file.suffix.lower() in pictures.ENDINGS]
+        found, *_ = pictures.sort_out(path)
+        return [path / name for name in found]
     dataset = data.load(path)
     if not dataset.is_image:
         raise UserError(f"{path} holds no uint8 images: the distance is one of images")
     return torch.cat([dataset.train[:], dataset.test[:]])
 
 
-def batches(source, size, shape=None):
-    """uint8 (B, 3, H, W) of paths or of images (N, C, H, W); all must have the shape (H, W)."""
-    for i in range(0, len(source), size):
-        part = source[i : i + size]
-        if isinstance(part, list):
-            part = [torch.tensor(pictures.read(path)).permute(2, 0, 1) for path in part]
-        for image in part:
-            shape = shape or image.shape[1:]
-            if image.shape[1:] != shape:
-                odd = "x".join(map(str, image.shape[1:]))
-                wanted = "x".join(map(str, shape))
-                raise UserError(f"pictures of {odd} and of {wanted} pixels: give one size")
-        yield torch.stack(list(part)).expand(-1, 3, -1, -1)
+def batches(sources, size, shape=None):
+    """uint8 (B, 3, H, W) of each source, paths or images (N, C, H, W). UserError for a picture that
+    cannot be read, or has another shape than (H, W), by default that of the first."""
+    for source in sources:
+        for i in range(0, len(source), size):
+            part = source[i : i + size]
+            if isinstance(part, list):
+                part = [torch.tensor(pictures.read(path)).permute(2, 0, 1) for path in part]
+            for image in part:
+                shape = shape or image.shape[1:]
+                if image.shape[1:] != shape:
+                    odd = "x".join(map(str, image.shape[1:]))
+                    wanted = "x".join(map(str, shape))
+                    raise UserError(f"pictures of {odd} and of {wanted} pixels: give one size")
+            yield torch.stack(list(part)).expand(-1, 3, -1, -1)
 
 
 def score(argv):
@@ -198,7 +198,7 @@ def score(argv):
     samples = images_of(args.samples)
     if len(samples) < 2:
         raise UserError(f"{args.samples} has {len(samples)} images: 2 is the least")
-    shape = next(batches(samples, 1)).shape[2:]
+    shape = next(batches([samples], 1)).shape[2:]
 
     # the reference: its moments, or its images
     reference = stored(args.ref)
@@ -211,6 +211,10 @@ def score(argv):
         images = [dataset.train]
         if args.ref not in data.NAMES:
             images.append(dataset.test)
+
+    # every picture is read once before anything is trained
+    for _ in batches([samples, *images], args.batch, shape):
+        pass
 
     # the features
     title = "Fréchet distance in a small classifier's features"
@@ -227,12 +231,11 @@ def score(argv):
         def features(x):
             return net(x / 127.5 - 1)
 
-    def seen(*sources):
-        parts = [batches(source, args.batch, shape) for source in sources]
-        return moments(features(x) for x in chain(*parts))
+    def seen(sources):
+        return moments(features(x) for x in batches(sources, args.batch, shape))
 
-    found = seen(samples)
-    distance = frechet(found, reference or seen(*images))
+    found = seen([samples])
+    distance = frechet(found, reference or seen(images))
     against = f"{sum(map(len, images))} images of {args.ref}" if images else args.ref
     print(f"{title}: {distance:.4f}, of {found[0]} samples against {against}")
     if found[0] < 10_000:

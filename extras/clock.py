@@ -29,20 +29,22 @@ def bend(method, process, predict, m, data_mean, calls=40):
 
     end = float(process.time_of_snr(200**2))
     ts = method.times(process, calls + 1, end, R)
-    method.ode(process, recorded, m.clone(), calls, data_mean, ts=ts)
+    method.ode(process, recorded, m, calls, data_mean, ts=ts)
 
     # slopes between two calls each, and second derivatives between two slopes each
     lam = np.array(lam)
-    steps = np.diff(lam)
-    rises = np.diff(torch.stack(x_hats).numpy(), axis=0)
-    slopes = rises / steps[:, None]
+    x_hats = torch.stack(x_hats).numpy()
+    steps = np.diff(lam)[:, None]
+    slopes = np.diff(x_hats, axis=0) / steps
     reach = (steps[1:] + steps[:-1]) / 2
-    seconds = np.diff(slopes, axis=0) / reach[:, None]
-    size = np.sqrt(np.square(seconds).mean(1))
+    seconds = np.diff(slopes, axis=0) / reach
+    mean_square = np.square(seconds).mean(1)
+    size = np.sqrt(mean_square)
 
     # smoothed over five calls
     padded = np.pad(size, 2, mode="edge")
-    smooth = np.convolve(padded, np.ones(5) / 5, "valid")
+    window = np.ones(5) / 5
+    smooth = np.convolve(padded, window, "valid")
     return lam[1:-1], smooth
 
 
@@ -56,7 +58,7 @@ def learned_times(method, process, nfe, R, lam, size, free=True):
     """
     n = nfe
     if free and nfe > 1:
-        n = nfe + 1
+        n += 1
     end = method.end_time(process, nfe)
     low = method.clock(process, process.first, R)
     high = method.clock(process, end, R)
@@ -64,14 +66,16 @@ def learned_times(method, process, nfe, R, lam, size, free=True):
     # the density of steps over lambda; a straight stretch gets wide steps, but no gap
     knots = np.linspace(low, high, 1000)
     size = np.interp(knots, lam, size)
-    size = np.maximum(size, max(1e-3 * size.max(), 1e-30))
-    density = size ** max(0, (1 - 5 / nfe) / 3)
+    least = max(1e-3 * size.max(), 1e-30)
+    exponent = max(0, (1 - 5 / nfe) / 3)
+    density = np.maximum(size, least) ** exponent
 
     # its integral counts the steps up to each knot: the times are at equal shares of it
     areas = (density[1:] + density[:-1]) / 2
-    steps = np.concatenate([[0], np.cumsum(areas)])
+    counts = np.cumsum(areas)
+    steps = np.append(0, counts)
     shares = np.linspace(0, steps[-1], n)
     inner = np.interp(shares[1:-1], steps, knots)
-    roots = torch.from_numpy(np.expm1(inner) / R)
-    inner = process.time_of_snr(roots**2)
-    return (process.first, *inner.tolist(), end)[:n]  # n = 1: `first` alone
+    snr = (np.expm1(inner) / R) ** 2
+    times = process.time_of_snr(snr).tolist()
+    return (process.first, *times, end)[:n]  # n = 1: `first` alone

@@ -43,9 +43,9 @@ class Options(sample.Drawing):
         None, "number of a held-out picture, in place of a FILE", 0, 10**9, kind=int
     )
     mask: str = option(None, "picture or .npy, white where it is known; its alpha, if it has one")
-    shrink: int = option(None, "side of the blocks whose means are known", 2, 4096, kind=int)
+    shrink: int = option(1, "side of the blocks whose means are known", 1, 4096)
     rule: str = option("gibbs", "how it is completed", choices=("gibbs", "covariance", "paper"))
-    passes: int = option(2, "backward passes a call, of gibbs and covariance", 1, 1000)
+    passes: int = option(2, "backward passes a call; gibbs makes one more", 1, 1000)
     noise: float = option(
         0.0, "noise in what is known: its standard deviation in grey levels", 0, 255
     )
@@ -85,14 +85,26 @@ def condition(picture, see, rule="gibbs", passes=2, noise=0.0):
 
 
 def stroke_condition(picture, calls):
-    """What sample.draw takes as its condition: the first calls follow the picture (1, C, H, W).
-    calls 0: the picture is mixed into the prior (the AGM paper's init-v)."""
+    """What sample.draw takes as its condition: the samples follow the picture (1, C, H, W).
+
+    Before each of the first calls the auxiliary blocks are redrawn, given the picture (the AGM
+    paper's dyn-v). calls 0: it is mixed into those of the prior (the paper's init-v).
+    """
 
     def start(model, m, net, label, randn):
         stroke = picture.to(m)
+        left = calls
         if calls == 0:
             m = mixed_in(model, m, stroke)
-        return m, by_stroke(model, net, stroke, calls, label, randn)
+
+        def predict(m, t):
+            nonlocal left
+            if left > 0:
+                redraw(model, m, t, stroke, randn)
+            left -= 1
+            return model.method.denoise(model.process, net, m, t, label)
+
+        return m, predict
 
     return start
 
@@ -101,7 +113,7 @@ def stroke_condition(picture, calls):
 # The rules. model brings a page (`method`) and a process; net(y, t, label) is its network.
 
 
-def by_paper(model, net, see, known, label=None, randn=torch.randn_like):
+def by_paper(model, net, see, known, label, randn):
     """The AGM paper's inpainting: c replaces H x_hat in each prediction, and the auxiliary blocks
     are redrawn given that."""
 
@@ -114,7 +126,7 @@ def by_paper(model, net, see, known, label=None, randn=torch.randn_like):
     return predict
 
 
-def by_covariance(model, net, see, known, passes=2, noise=0.0, label=None):
+def by_covariance(model, net, see, known, passes, noise, label):
     """The posterior mean x' of `posterior_mean`; exact for Gaussian data (Rozet et al. 2024)."""
 
     def predict(m, t):
@@ -124,7 +136,7 @@ def by_covariance(model, net, see, known, passes=2, noise=0.0, label=None):
     return predict
 
 
-def by_gibbs(model, net, see, known, passes=2, noise=0.0, label=None, randn=torch.randn_like):
+def by_gibbs(model, net, see, known, passes, noise, label, randn):
     """The posterior mean x', with a Gibbs step before each call.
 
     A network's J is not quite right, and its errors would add up from call to call. A Gibbs step
@@ -151,21 +163,6 @@ def by_gibbs(model, net, see, known, passes=2, noise=0.0, label=None, randn=torc
         left = noise / (variance + noise**2).sqrt()
         draw = x + variance.sqrt() * (n - (1 - left) * see(n))
         return x
-
-    return predict
-
-
-def by_stroke(model, net, stroke, calls, label=None, randn=torch.randn_like):
-    """The AGM paper's dyn-v: before each of the first calls the auxiliary blocks are redrawn, given
-    the stroke."""
-    done = 0
-
-    def predict(m, t):
-        nonlocal done
-        if done < calls:
-            redraw(model, m, t, stroke, randn)
-        done += 1
-        return model.method.denoise(model.process, net, m, t, label)
 
     return predict
 
@@ -197,17 +194,16 @@ def posterior_mean(model, D, sigma, times_J, see, known, passes, noise):
     x = D
     residual = known - see(D)
     direction = residual
-    square = dot(residual, residual)
     for _ in range(passes):
         J_direction = times_J(direction)
         A_direction = see(J_direction) + (noise / sigma) ** 2 * direction
+        square = dot(residual, residual)
         step = square / dot(direction, A_direction)
         step = step.nan_to_num(posinf=0.0).clamp(min=0)  # a network's J may be anything
         x = x + step * J_direction
         residual = residual - step * A_direction
-        square_before = square
-        square = dot(residual, residual)
-        direction = residual + (square / square_before).nan_to_num() * direction
+        growth = dot(residual, residual) / square
+        direction = residual + growth.nan_to_num() * direction
     if noise == 0:
         x = x + known - see(x)
     return x.clamp(-model.process.bound, model.process.bound)
@@ -222,11 +218,12 @@ def redraw(model, m, t, x, randn):
     """Draws the auxiliary blocks of m anew, in place, given its data block and x: in m = mu x + L
     eps, L lower, the data block fixes its own noise, and the rest of eps is fresh."""
     C = x.shape[1]
-    mean = model.process.mean(t)
     L = model.process.cholesky(t)
-    noise_of_q = (m[:, :C] - float(mean[0]) * x) / float(L[0, 0])
-    eps = torch.cat([noise_of_q, randn(m[:, C:])], 1)
-    drawn = model.method.mix(mean[:, None], x) + model.method.mix(L, eps)
+    mean = model.method.mix(model.process.mean(t)[:, None], x)
+    data_noise = (m - mean)[:, :C] / float(L[0, 0])
+    fresh_noise = randn(m[:, C:])
+    eps = torch.cat([data_noise, fresh_noise], 1)
+    drawn = mean + model.method.mix(L, eps)
     m[:, C:] = drawn[:, C:]
 
 
@@ -234,8 +231,9 @@ def mixed_in(model, m, stroke):
     """The AGM paper's v <- .9 v + .1 stroke. Several auxiliary blocks: in the direction of their
     mean."""
     C = stroke.shape[1]
-    mean = model.process.mean(model.process.first)[1:]
-    push = model.method.mix(0.1 * (mean / mean.norm())[:, None], stroke)
+    mean = model.process.mean(model.process.first)[1:, None]
+    direction = mean / mean.norm()
+    push = model.method.mix(0.1 * direction, stroke)
     return torch.cat([m[:, :C], 0.9 * m[:, C:] + push], 1)
 
 
@@ -246,17 +244,16 @@ def mixed_in(model, m, stroke):
 def check_options(args):
     """UserError for options that do not go together."""
     pictures = given(args, "inpaint held_out stroke")
-    of_stroke = given(args, "inject share")
-    of_rest = given(args, "mask shrink rule passes noise")
     if len(pictures) != 1:
         raise UserError("give one picture: --inpaint FILE, --held-out NUMBER or --stroke FILE")
-    if args.stroke and of_rest:
-        raise UserError(f"{of_rest[0]} is for --inpaint and --held-out: leave it out")
-    if of_stroke and not args.stroke:
-        raise UserError(f"{of_stroke[0]} is for --stroke: leave it out")
+    of_stroke = given(args, "inject share")
+    of_rest = given(args, "mask shrink rule passes noise")
+    idle = of_rest if args.stroke else of_stroke
+    if idle:
+        raise UserError(f"{idle[0]} is not for {pictures[0]}: leave it out")
     if args.rule == "paper" and given(args, "passes noise"):
         raise UserError("--passes and --noise are not for --rule paper: leave them out")
-    if not args.stroke and (args.mask is None) == (args.shrink is None):
+    if not args.stroke and len(given(args, "mask shrink")) != 1:
         raise UserError(f"{pictures[0]}: give --mask FILE or --shrink K, what is known of it")
 
 
@@ -267,45 +264,48 @@ def given(args, names):
 
 def check_model(args, model):
     """UserError for what the network or the process cannot do."""
-    facts = model.facts
-    if facts["kind"] != "image":
-        raise UserError(f"this is for networks of 8-bit images, not of {facts['kind']} data")
+    kind = model.facts["kind"]
+    if kind != "image":
+        raise UserError(f"this is for networks of 8-bit images, not of {kind} data")
     if not args.stroke and args.rule != "paper" and model.process.target != "data":
         raise UserError(f"--rule {args.rule} wants a net of target data: take --rule paper")
     if args.stroke and model.process.n == 1:
         raise UserError("a process of one block has nothing for a stroke to act on: --order 2")
     if args.sampler == "strang" and args.rule != "covariance" and args.inject != "init":
         raise UserError("strang loses what is redrawn: take another --sampler")
-    if any(side % (args.shrink or 1) for side in facts["shape"][1:]):
-        raise UserError(f"--shrink must divide the sides of the pictures, {facts['shape'][1:]}")
+    _, H, W = model.facts["shape"]
+    if H % args.shrink or W % args.shrink:
+        raise UserError(f"--shrink must divide the sides of the pictures, {H} and {W}")
 
 
 def picture_of(args, model):
     """The picture that is asked for (1, C, H, W) in network units, and what it is called."""
     if args.held_out is None:
         path = args.inpaint or args.stroke
-        pixels = fitted(read(path), path, model.facts["shape"], args.shrink or 1)
+        pixels = fitted(read(path), path, model.facts["shape"], args.shrink)
         return pixels / 127.5 - 1, path
     config = model.config
     dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
     train.check_same(dataset.summary(), model.facts, config.data)
     if args.held_out >= len(dataset.test):
         raise UserError(f"--held-out must be below {len(dataset.test)}, the number of them")
-    x, _ = dataset.held_out(slice(args.held_out, args.held_out + 1))
+    x, _ = dataset.held_out([args.held_out])
     return x, dataset.held_out_name(args.held_out)
 
 
 def mask_of(args, model):
     """(H, W), 1 where it is known. UserError if that is all or nothing."""
     _, H, W = model.facts["shape"]
-    mask = fitted(read_mask(args.mask), args.mask, (1, H, W), 1)[0, 0] > 127
-    if mask.all() or not mask.any():
-        known = f"{int(mask.sum())} of {mask.numel()} pixels are known"
-        raise UserError(f"--mask {args.mask}: {known}; paint some of them white, not all")
+    grey = fitted(read_mask(args.mask), args.mask, (1, H, W))
+    mask = grey[0, 0] > 127
+    known = int(mask.sum())
+    if known in (0, H * W):
+        found = f"{known} of {H * W} pixels are known"
+        raise UserError(f"--mask {args.mask}: {found}; paint some of them white, not all")
     return mask
 
 
-def fitted(array, path, shape, shrink):
+def fitted(array, path, shape, shrink=1):
     """uint8 (h, w) or (h, w, c) -> float (1, C, H, W), 0 to 255, brought there as in training: its
     central part, by Lanczos' filter. One of the size of the blocks is taken for their means."""
     C, H, W = shape
@@ -317,14 +317,13 @@ def fitted(array, path, shape, shrink):
             raise UserError(f"{path} has {array.shape[:2]}: {fix}") from None
         image = Image.fromarray(array.squeeze())
         array = np.asarray(ImageOps.fit(image, (W, H), Image.Resampling.LANCZOS))
-    x = torch.from_numpy(array.astype(np.float32))
-    x = x.reshape(1, *array.shape[:2], -1).movedim(3, 1)
-    if C == 1 and x.shape[1] == 3:
-        grey = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
-        x = (grey * x).sum(1, keepdim=True).round()
-    if x.shape[1] not in (1, C):
-        raise UserError(f"{path} has {x.shape[1]} channels: give {C}")
-    return interpolate(x.expand(1, C, -1, -1), (H, W))
+
+    # grey or in colour, as the network's pictures are
+    if C == 1 and array.shape[2:] == (3,):
+        array = (array @ [0.299, 0.587, 0.114]).round()
+    x = torch.from_numpy(np.float32(np.atleast_3d(array)))
+    x = x.permute(2, 0, 1).expand(1, C, -1, -1)
+    return interpolate(x, (H, W))
 
 
 def rows(array, beside, columns=8):
@@ -340,32 +339,34 @@ def complete(args):
     check_options(args)
     model = sample.load(args.ckpt, args.method, args.order, device=args.device)
     check_model(args, model)
-    sample.pick_sampler(model, args.sampler, args.nfe, {})
+    sample.pick_sampler(model, args.sampler, args.nfe, {})  # refuses before anything is written
     classes = sample.pick_classes(args, model)
     picture, name = picture_of(args, model)
 
-    passes = 0
+    beside = picture
+    note = ""
     if args.stroke:
-        calls = math.ceil(args.share * args.nfe) if args.inject == "dyn" else 0
+        calls = 0
+        if args.inject == "dyn":
+            calls = math.ceil(args.share * args.nfe)
         rule = stroke_condition(picture, calls)
-        beside = picture
     else:
-        shrink = args.shrink or 1
-        see = observation(mask_of(args, model) if args.mask else None, shrink)
-        noise = args.noise / 127.5 * shrink  # of a mean in all pixels of its block: shrink times
+        mask = mask_of(args, model) if args.mask else None
+        see = observation(mask, args.shrink)
+        noise = args.noise / 127.5 * args.shrink  # a mean counts once, not in each of its pixels
         rule = condition(picture, see, args.rule, args.passes, noise)
         beside = torch.cat([picture, see(picture)])
         if args.rule != "paper":
             passes = args.passes
-        if args.rule == "gibbs" and model.process.n > 1:
-            passes += 1
+            if args.rule == "gibbs" and model.process.n > 1:
+                passes += 1
+            note = f" with {passes} backward passes each"
 
     def pictures(array, labels):
         cells = rows(array, data.finish(beside, model.facts))
         return {"samples.png": png(cells)}
 
     say(f"{name} stands first in each row of samples.png")
-    note = f" with {passes} backward passes each" if passes else ""
     sample.draw_and_save(model, args, args.n, classes, pictures, note, condition=rule)
 
 

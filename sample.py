@@ -312,7 +312,7 @@ def draw_and_save(model, args, n, classes, pictures, note="", watch=None, condit
         # what they are
         if arrays:
             save(out, model.facts, np.concatenate(arrays), args.first, classes, pictures)
-            if classes and args.guidance != 1:
+            if args.guidance != 1:
                 note = f" x 2 (guidance calls the net with and without the class){note}"
             say(f"{done} samples of {model.path} (target {model.config.target}) by {model.process}")
             say(f"sampler {args.sampler} NFE {args.nfe}{note} seconds/sample {seconds / done:.5f}")

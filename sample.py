@@ -59,7 +59,7 @@ class Sampling(Drawing):
     """Further options of sample.py."""
 
     grid: str = option(
-        "learned", "of ode, if the run has one; or even", choices=("learned", "even")
+        "learned", "of ode: learned, where the run has one, or even", choices=("learned", "even")
     )
     rho: float = option(
         None, "AGM's exponential, splitting, em: above 1, shorter early steps", 0.01, 100

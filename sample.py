@@ -156,15 +156,11 @@ def draw(
         if condition:
             m, predict = condition(model, m, guided, label, randn)
             mean = None  # what is known moves it
+        predict = partial(watched, predict, watch)
 
-        # the sampler, with those of the options that it has
-        if "randn" in takes:
-            options["randn"] = randn
-        if "data_mean" in takes:
-            options["data_mean"] = mean
-        if "ts" in takes and model.bend and grid == "learned":
-            options.setdefault("ts", learned_times(model, m, nfe, mean is not None))
-        x = sampler(model.process, partial(watched, predict, watch), m, nfe, **options)
+        # the sampler, with what it takes; what is asked for goes first
+        own = supplies(model, takes, m, nfe, grid, randn, mean)
+        x = sampler(model.process, predict, m, nfe, **own | options)
         if not x.isfinite().all():
             raise UserError("samples are not finite, nothing was written: try another --sampler")
         return data.finish(x, model.facts), label
@@ -190,10 +186,17 @@ def pick_sampler(model, name, nfe, options):
     return samplers[name], takes
 
 
-def learned_times(model, m, nfe, free):
-    """Times of `ode`, more of them where the network bends. free: the first step costs no call."""
-    R = model.method.clock_rate(model.process, m)
-    return clock.learned_times(model.method, model.process, nfe, R, **model.bend, free=free)
+def supplies(model, takes, m, nfe, grid, randn, mean):
+    """What a sampler that takes it is given without being asked: noise, the mean of the data, and
+    the learned grid, which has more times where the network bends."""
+    given = dict(randn=randn, data_mean=mean)
+    if "ts" in takes and model.bend and grid == "learned":
+        R = model.method.clock_rate(model.process, m)
+        free = mean is not None  # the first step of ode
+        given["ts"] = clock.learned_times(
+            model.method, model.process, nfe, R, **model.bend, free=free
+        )
+    return {key: value for key, value in given.items() if key in takes}
 
 
 class Noise:

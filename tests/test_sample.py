@@ -58,6 +58,10 @@ def runs(tmp_path_factory):
     names = "zero 7 two three four five six seven eight nine".split()
     counts = [9] * 4 + [0] + [9] * 5
     checkpoint(base / "named", classes=True, change=dict(names=names, counts=counts))
+
+    # so many classes that their means are not kept
+    change = dict(labels=300, names=list(map(str, range(300))), counts=[1] * 300, class_means=None)
+    checkpoint(base / "many", classes=True, change=change)
     return base
 
 
@@ -218,6 +222,7 @@ DRAWN = [
     ("digits --n 3 --first 9", 3, [9, 0, 1]),
     ("digits --class none", 64, None),
     ("points", 10_000, None),
+    ("many", 1024, [i % 300 for i in range(1024)]),
     ("named --n 6 --first 3", 6, [3, 5, 6, 7, 8, 9]),
     ("named --n 2 --class two", 2, [2, 2]),
     ("named --n 2 --class 2", 2, [2, 2]),

@@ -147,10 +147,12 @@ def test_classes_are_taken_in_turn_by_the_number_of_the_sample(runs):
     assert [label.tolist() for _, label in batches] == [[5, 9, 2, 5], [9, 2]]
 
 
-@pytest.mark.parametrize(("guidance", "factor"), [(0, 2), (1, 5), (0.5, 3.5), (3, 11)])
-def test_guidance_goes_from_no_class_through_the_class_and_beyond(guidance, factor):
-    guided = sample.guide(lambda y, t, label=None: y * (2 if label is None else 5), guidance)
+@pytest.mark.parametrize(("guidance", "factor", "calls"), [(0, 2, 2), (1, 5, 1), (3, 11, 2)])
+def test_guidance_goes_from_no_class_through_the_class_and_beyond(guidance, factor, calls):
+    net = Mock(side_effect=lambda y, t, label=None: y * (2 if label is None else 5))
+    guided = sample.guide(net, guidance)
     assert guided(1, 0, label=7) == factor
+    assert net.call_count == calls
     assert guided(1, 0) == 2
 
 
@@ -177,12 +179,6 @@ def test_raw_weights_are_those_of_the_last_update(runs):
     raw = sample.load(runs / "points", raw=True).net
     for a, r in zip(average.parameters(), raw.parameters(), strict=True):
         assert torch.equal(r, 1.1 * a)
-
-
-def test_a_denoiser_serves_the_other_method(runs):
-    model = sample.load(runs / "points", method="hold", order=2)
-    assert model.process.order == 2
-    assert np.isfinite(drawn(model, 3)).all()
 
 
 @pytest.mark.parametrize(("nfe", "times"), [(1, 1), (2, 3), (10, 11)])
@@ -238,6 +234,25 @@ def test_so_many_are_drawn_of_these_classes(command, line, n, labels):
     assert labels == (found["labels"].tolist() if "labels" in found else None)
 
 
+CHANGES = [
+    ("--seed 1", ""),
+    ("--grid even", ""),
+    ("--raw", ""),
+    ("--method hold", ""),
+    ("--method hold --order 2", "--method hold"),
+    ("--sampler exponential --rho 2", "--sampler exponential"),
+    ("--sampler exponential --multistep 1", "--sampler exponential"),
+    ("--sampler exponential --t-end .5", "--sampler exponential"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), CHANGES)
+def test_an_option_changes_what_is_drawn(command, one, other):
+    command(f"digits --n 2 --nfe 10 {one}", out="one")
+    command(f"digits --n 2 --nfe 10 {other}", out="other")
+    assert (results("one")["arr_0"] != results("other")["arr_0"]).any()
+
+
 def test_the_picture_has_a_row_for_each_class(command, monkeypatch):
     shown = Mock(wraps=data.picture)
     monkeypatch.setattr(data, "picture", shown)
@@ -260,6 +275,8 @@ MISTAKES = [
     ("digits --nll", "python -m extras.likelihood"),
     ("digits --n x", "invalid int value: 'x'"),
     ("digits --batch 0", "--batch must be from 1 to 1e+06, got 0"),
+    ("digits --guidance 101", "--guidance must be from 0 to 100, got 101"),
+    ("digits --method flow", "--method must be one of agm, hold, got 'flow'"),
     ("digits --sampler heun", "no --sampler heun: choose from ode, exponential"),
     ("digits --t-end .5", "sampler ode has no --t-end"),
     ("digits --rho 2", "sampler ode has no --rho"),

@@ -14,6 +14,7 @@ extras/complete.py completes pictures, extras/likelihood.py measures the likelih
 """
 
 import inspect
+import os
 import sys
 import time
 from contextlib import suppress
@@ -39,18 +40,16 @@ class Drawing(Options):
     """Options of all commands that draw; None: not given."""
 
     ckpt: str = option(None, "checkpoint or folder of a run; default: the newest under runs/")
-    nfe: int = option(20, "calls of the sampler", 1, 10**5)
-    n: int = option(
-        None, "samples; default: 64, at least 8 a class, 10,000 points", 1, 10**7, kind=int
-    )
-    first: int = option(0, "number of the first sample, which depends on it and --seed", 0, 10**9)
-    sampler: str = option(None, "AGM: ode, exponential, splitting, em; HOLD: ode, strang, lie, em")
+    nfe: int = option(20, "calls of the sampler", 1, 1e5)
+    n: int = option(None, "samples; default: 64, at least 8 a class, 10,000 points", 1, 1e7)
+    first: int = option(0, "number of the first sample, which depends on it and --seed", 0, 1e9)
+    sampler: str = option("ode", "AGM: ode, exponential, splitting, em; HOLD: ode, strang, lie, em")
     class_: str = option(None, "a class, its number, all or none; default: all that the net knows")
     guidance: float = option(1.0, "1 follows the class, more exaggerates it", 0, 100)
     seed: int = option(0, "of the noise", 0, 2**32 - 1)
-    batch: int = option(256, "samples at a time", 1, 10**6)
+    batch: int = option(256, "samples at a time", 1, 1e6)
     method: str = option(None, "process to sample with", choices=train.METHODS)
-    order: int = option(None, "of that process, for HOLD", 1, 8, kind=int)
+    order: int = option(None, "of that process, for HOLD", 1, 8)
     device: str = option("auto", "cpu, cuda, mps; auto takes the first that is there")
     out: str = option(None, "folder for the results, which replace former ones; default: the run's")
 
@@ -59,22 +58,18 @@ class Drawing(Options):
 class Sampling(Drawing):
     """Further options of sample.py."""
 
-    grid: str = option(None, "ode: learned, the default, or even", choices=("learned", "even"))
+    grid: str = option(
+        "learned", "of ode: learned, where the run has one, or even", choices=("learned", "even")
+    )
     rho: float = option(
-        None,
-        "AGM's exponential, splitting, em: above 1, shorter early steps",
-        0.01,
-        100,
-        kind=float,
+        None, "AGM's exponential, splitting, em: above 1, shorter early steps", 0.01, 100
     )
-    t_end: float = option(
-        None, "not for ode: time of the last call, or end of the last step", kind=float
-    )
-    multistep: int = option(None, "exponential: how many calls it extrapolates", 1, 4, kind=int)
+    t_end: float = option(None, "not for ode: time of the last call, or end of the last step")
+    multistep: int = option(None, "exponential: how many calls it extrapolates", 1, 4)
     raw: bool = option(False, "draw with the last weights, not with their average (EMA)")
     amp: str = option("off", "bf16: autocast the net to bfloat16", choices=("off", "bf16"))
     compile: bool = option(False, "compile the net: faster calls after a minute")
-    png_dir: str = option(None, "folder for one PNG a sample, 000000.png ..., RGB")
+    png_dir: str = option(None, "new folder for one PNG a sample, 000000.png ..., RGB")
     film: bool = option(False, "film.png, too: the state's data block and the prediction by call")
 
 
@@ -109,17 +104,15 @@ def load(path=None, method=None, order=None, raw=False, device="auto"):
     trained = ckpt["config"]
     own = method in (None, trained.method) and order in (None, trained.order)
     if trained.target != "data" and not own:
-        raise UserError(
-            f"a net of target {trained.target} serves its own process only: "
-            "leave out --method and --order"
-        )
+        fix = "leave out --method and --order"
+        raise UserError(f"a net of target {trained.target} serves its own process only: {fix}")
     config = replace(trained, method=method or trained.method, order=order or trained.order)
     method, process, net = train.build(config, ckpt["data"])
-    if order and not hasattr(process, "order"):
+    if order and not train.has_order(type(process)):
         raise UserError(f"{config.method} has no --order: leave it out, or add --method hold")
 
     # the weights, which nothing changes from here on
-    train.load_weights(net, ckpt["net" if raw else "ema"], ckpt["path"])
+    net.load_state_dict(ckpt["net" if raw else "ema"])
     net = net.to(device).eval().requires_grad_(False)
     return Model(net, method, process, config, ckpt["data"], device, ckpt["bend"], ckpt["path"])
 
@@ -128,87 +121,81 @@ def draw(
     model,
     n,
     nfe=20,
-    sampler=None,
+    sampler="ode",
     classes=None,
     guidance=1.0,
     seed=0,
     first=0,
     batch=256,
+    grid="learned",
     condition=None,
     watch=None,
-    **grid,
+    **options,
 ):
-    """Yields samples (b, ...) in the units of the data, and their labels (b,) or None, as numpy.
+    """An iterator over samples (b, ...) in the units of the data, and their labels (b,) or None.
 
-    Sample i depends on seed and i alone, i = first ... first + n - 1: bit for bit in batches of
-    the same size, up to float32 rounding otherwise.
-    classes: class numbers, which samples take in turn; None or []: no class.
-    condition(model, m, net, label, randn) -> m, predict: a rule for what is known of the samples
-    (extras/complete.py). watch(m, x_hat) is called after each prediction.
-    grid: rho, t_end, multistep, ts, where the sampler has them; and for `ode` grid="learned", the
-    default if the run has it, or "even". UserError where the sampler has no such option.
+    Sample i depends on seed and i alone, i = first ... first + n - 1: bit for bit at equal batch,
+    up to float32 rounding otherwise. Samples take the classes (numbers) in turn. grid of `ode`:
+    "learned", if there is one, or "even". condition(model, m, net, label, randn) -> m, predict is
+    what is known (extras/complete.py). watch(m, x_hat) is told of each call. options: rho, t_end,
+    multistep, ts; UserError for one that the sampler does not have.
     """
-    sampler = pick_sampler(model, sampler, nfe, grid)
+    sampler, takes = pick_sampler(model, sampler, nfe, options)
     guided = guide(model.net, guidance)
-    for start in range(first, first + n, batch):
-        numbers = range(start, min(start + batch, first + n))
-        randn = Noise(seed, numbers)
+
+    def draw_batch(numbers):
+        randn = Noise(seed, numbers.tolist())
         m = randn.prior(model.process, model.facts["shape"]).to(model.device)
         label = None
         if classes:
-            label = torch.tensor([classes[i % len(classes)] for i in numbers])
-            label = label.to(model.device)
+            label = torch.tensor(classes)[numbers % len(classes)].to(model.device)
 
         # what predicts the data from the state, and what it says where nothing is known
+        predict = partial(model.method.denoise, model.process, guided, label=label)
+        mean = mean_of(model.facts, label, guidance)
         if condition:
             m, predict = condition(model, m, guided, label, randn)
-            mean = None  # what is known moves the mean
-        else:
-            predict = partial(model.method.denoise, model.process, guided, label=label)
-            mean = mean_of(model.facts, label, guidance)
+            mean = None  # what is known moves it
+        predict = partial(watched, predict, watch)
 
-        # the sampler, with what it takes
-        predict = watched(predict, watch)
-        more = keywords(sampler, model, m, nfe, randn, mean, grid)
-        x = sampler(model.process, predict, m, nfe, **more)
+        # the sampler, with what it takes; what is asked for goes first
+        own = supplies(model, takes, m, nfe, grid, randn, mean)
+        x = sampler(model.process, predict, m, nfe, **own | options)
         if not x.isfinite().all():
             raise UserError("samples are not finite, nothing was written: try another --sampler")
-        yield data.finish(x, model.facts), None if label is None else label.cpu().numpy()
+        return data.finish(x, model.facts), label
+
+    return map(draw_batch, torch.arange(first, first + n).split(batch))
 
 
-def pick_sampler(model, name, nfe, grid):
-    """The sampler of that name, by default the method's first. UserError for an unknown name, or
-    for an option in grid that it does not take."""
+def pick_sampler(model, name, nfe, options):
+    """The sampler of that name, and its parameters. UserError for an unknown one, and for options
+    that it does not take."""
     samplers = model.method.SAMPLERS
-    name = name or next(iter(samplers))
     if name not in samplers:
         raise UserError(f"no --sampler {name}: choose from {', '.join(samplers)}")
-
-    # the options: those in its signature, and --grid where it takes times of its own
     takes = inspect.signature(samplers[name]).parameters
-    for key in grid:
-        if key not in takes and not (key == "grid" and "ts" in takes):
+    for key in options:
+        if key not in takes:
             raise UserError(f"sampler {name} has no {flag(key)}: leave it out")
-    if grid.get("grid") == "learned" and not model.bend:
-        raise UserError(f"{model.path} has no learned grid: leave out --grid")
-    if "t_end" in grid:
+    if "t_end" in options:
         try:
-            model.method.check_grid(model.process, nfe, grid["t_end"])
+            model.method.check_grid(model.process, nfe, options["t_end"])
         except ValueError as error:
             raise UserError(f"--t-end: {why(error)}") from None
-    return samplers[name]
+    return samplers[name], takes
 
 
-def keywords(sampler, model, m, nfe, randn, mean, grid):
-    """What the sampler takes besides the process, predict, m and nfe."""
-    takes = inspect.signature(sampler).parameters
-    given = dict(grid, randn=randn, data_mean=mean)
-    # times where the network bends, unless the caller has times or wants even ones
-    if "ts" in takes and model.bend and grid.get("grid") != "even":
+def supplies(model, takes, m, nfe, grid, randn, mean):
+    """What a sampler that takes it is given without being asked: noise, the mean of the data, and
+    the learned grid, which has more times where the network bends."""
+    given = dict(randn=randn, data_mean=mean)
+    if "ts" in takes and model.bend and grid == "learned":
         R = model.method.clock_rate(model.process, m)
-        free = mean is not None and "data_mean" in takes
-        ts = clock.learned_times(model.method, model.process, nfe, R, **model.bend, free=free)
-        given.setdefault("ts", ts)
+        free = mean is not None  # the first step of ode
+        given["ts"] = clock.learned_times(
+            model.method, model.process, nfe, R, **model.bend, free=free
+        )
     return {key: value for key, value in given.items() if key in takes}
 
 
@@ -234,9 +221,7 @@ def guide(net, guidance):
     E[x | m], whatever the net predicts."""
 
     def guided(y, t, label=None):
-        if label is None or guidance == 0:
-            return net(y, t)
-        if guidance == 1:
+        if label is None or guidance == 1:
             return net(y, t, label)
         free = net(y, t)
         return free + guidance * (net(y, t, label) - free)
@@ -254,17 +239,12 @@ def mean_of(facts, label, guidance):
     return moved.clamp(-facts["bound"], facts["bound"])
 
 
-def watched(predict, watch):
-    """predict, which also hands the state and the prediction to watch."""
-    if watch is None:
-        return predict
-
-    def with_watch(m, t):
-        x_hat = predict(m, t)
+def watched(predict, watch, m, t):
+    """predict(m, t), of which watch is told."""
+    x_hat = predict(m, t)
+    if watch:
         watch(m, x_hat)
-        return x_hat
-
-    return with_watch
+    return x_hat
 
 
 # -------------------------------------------------------------------------------------------------
@@ -274,177 +254,143 @@ def watched(predict, watch):
 def pick_classes(args, model):
     """The classes that samples take in turn; [] for none. UserError for a class that the net does
     not know, and for guidance without one."""
-    # classes of which there were samples to learn
-    names = model.facts["names"]
+    # the classes of which there were samples to learn
     known = []
     if model.config.classes:
-        known = [i for i, count in enumerate(model.facts["counts"]) if count]
-    name = args.class_
-    found = [i for i in known if names[i] == name]  # a name counts before anything else
-    if name is None or (name == "all" and known and not found):
-        found = known
-    elif name != "none" and not found:
-        found = [i for i in known if str(i) == name]
-        if not found:
-            some = shorten(", ".join(names[i] for i in known), 300, placeholder=" ...")
-            raise UserError(f"no --class {name:.40}: the net knows {some or 'none'}")
+        known = np.flatnonzero(model.facts["counts"]).tolist()
+    names = {model.facts["names"][i]: [i] for i in known}
+    numbers = {str(i): [i] for i in known}
+
+    # what may be asked for: a name counts before a number
+    choices = {None: known, "all": known} | numbers | names
+    found = choices.get(args.class_, [])
+    if not found and args.class_ not in (None, "none"):
+        some = shorten(", ".join(names), 300, placeholder=" ...")
+        raise UserError(f"no --class {args.class_:.40}: the net knows {some or 'none'}")
     if args.guidance != 1 and not found:
         raise UserError("--guidance belongs to a class: leave it out")
     return found
 
 
-def new_pngs(args, facts, n):
-    """The files of --png-dir. UserError where one of them is there."""
-    if args.png_dir is None:
-        return []
-    if facts["kind"] != "image":
-        raise UserError("--png-dir is for 8-bit images: leave it out, samples.npz has the samples")
-    paths = [Path(args.png_dir, f"{i:06d}.png") for i in range(args.first, args.first + n)]
-    for path in paths:
-        if path.exists():
-            raise UserError(f"{path} exists already: choose another --png-dir")
-    make_folder(args.png_dir)
-    return paths
-
-
 # -------------------------------------------------------------------------------------------------
-# Drawing, writing, and what is said
+# Drawing in a loop, writing, and what is said
 
 
-class Stopped(Exception):
-    """A signal to stop came between two network calls."""
+def draw_and_save(model, args, n, classes, pictures, note="", watch=None, condition=None):
+    """Draws n samples, writes them, and says so; after a signal to stop, those of whole batches.
 
-
-def collect(model, args, n, stopping, watch=None, **how):
-    """What `draw` yields, as one array each; how: more of its options. After a signal that is what
-    was drawn in whole batches, and if there are none the script ends."""
-    arrays = []
-    labels = []
+    pictures(array, labels) -> {name: bytes of a picture}. note: what a call costs besides.
+    condition: of `draw`; watch: of its first batch.
+    """
+    # between two calls: progress, signals, and whoever watches
     calls = 0
     began = time.perf_counter()
 
-    # between two network calls: progress, signals, and the film of the first batch
     def between_calls(m, x_hat):
         nonlocal calls
         calls += len(m)
         say_progress(calls / (n * args.nfe), began)
         if stopping.number:
-            raise Stopped
-        if watch and not arrays:
+            raise KeyboardInterrupt  # out of the batch at hand
+        if watch:
             watch(m, x_hat)
 
-    # the batches, until a signal comes
-    for key in ("nfe", "sampler", "guidance", "seed", "first", "batch"):
-        how[key] = getattr(args, key)
-    with suppress(Stopped):
-        for array, label in draw(model, n, watch=between_calls, **how):
-            arrays.append(array)
-            labels.append(label)
-    if not arrays:
-        say("stopped before a batch was drawn: nothing was written", sys.stderr)
+    # what draw cannot do, it refuses now, before a folder is made
+    how = dict(classes=classes, condition=condition, watch=between_calls)
+    for key in "nfe sampler guidance seed first batch grid rho t_end multistep".split():
+        if getattr(args, key, None) is not None:
+            how[key] = getattr(args, key)
+    batches = draw(model, n, **how)
+
+    out = make_folder(args.out or model.path.parent)
+    arrays = []
+    with Stopping() as stopping:
+        # whole batches, until a signal comes
+        with suppress(KeyboardInterrupt):
+            for array, _ in batches:
+                arrays.append(array)
+        seconds = time.perf_counter() - began
+        done = sum(map(len, arrays))
+
+        # what they are
+        if arrays:
+            save(out, model.facts, np.concatenate(arrays), args.first, classes, pictures)
+            if args.guidance != 1:
+                note = f" x 2 (guidance calls the net with and without the class){note}"
+            say(f"{done} samples of {model.path} (target {model.config.target}) by {model.process}")
+            say(f"sampler {args.sampler} NFE {args.nfe}{note} seconds/sample {seconds / done:.5f}")
+    # what is left to do
+    if done < n:
+        rest = f"--first {args.first + done} --n {n - done} with another --out draws the rest"
+        say(f"stopped, {done} of {n} samples are written: {rest}", sys.stderr)
         sys.exit(128 + stopping.number)
-    return np.concatenate(arrays), None if labels[0] is None else np.concatenate(labels)
 
 
 def say_progress(share, began):
     """On a terminal, how long the rest of a work will take."""
     left = (time.perf_counter() - began) * (1 / share - 1) / 60
-    with suppress(OSError, ValueError, AttributeError):  # a terminal that is gone costs nothing
+    with suppress(AttributeError, ValueError):  # a terminal that is gone costs nothing
         if left > 0.1 and sys.stderr.isatty():
             say(f"{share:.0%} done, {left:.1f} minutes left ", sys.stderr, end="\r")
 
 
-def draw_and_save(model, args, n, classes, pictures, note="", pngs=(), **how):
-    """Draws n samples, with more options of `draw` and `collect` in how, writes them, and says so.
-    pictures(array, labels) -> {name: bytes of a picture}. note: what a call costs besides."""
-    out = make_folder(args.out or model.path.parent)
-    began = time.perf_counter()
-    with Stopping() as stopping:
-        array, labels = collect(model, args, n, stopping, classes=classes, **how)
-        seconds = (time.perf_counter() - began) / len(array)
-
-        # arrays first: no picture is worth losing them
-        arrays = dict(arr_0=array)
-        if classes:
-            arrays |= dict(labels=labels, names=model.facts["names"])
-        write_files({out / "samples.npz": partial(np.savez_compressed, **arrays)})
-        for path, image in zip(pngs, array, strict=False):
-            write_png(path, image.repeat(3 // image.shape[2], 2))
-        drawn = pictures(array, labels)
-        write_files({out / name: drawn[name] for name in drawn})
-
-    # what was done, and what a signal left to do
-    calls = 1
-    if classes and args.guidance not in (0, 1):
-        calls = 2
-        note += f" ({args.nfe} calls of the sampler, 2 network calls each)"
-    sampler = args.sampler or next(iter(model.method.SAMPLERS))
-    say(f"{len(array)} samples of {model.path} (target {model.config.target}) by {model.process}")
-    say(f"sampler {sampler} NFE {calls * args.nfe}{note} seconds/sample {seconds:.5f}")
+def save(out, facts, array, first, classes, pictures):
+    """Writes the arrays, and then the pictures: none of them is worth losing the arrays."""
+    arrays = dict(arr_0=array)
+    labels = None
+    if classes:
+        labels = np.take(classes, range(first, first + len(array)), mode="wrap")
+        arrays |= dict(labels=labels, names=facts["names"])
+    write_files({out / "samples.npz": partial(np.savez_compressed, **arrays)})
+    drawn = pictures(array, labels)
+    write_files({out / name: drawn[name] for name in drawn})
     say(f"wrote samples.npz, {', '.join(drawn)} in {out}")
-    if stopping.number and len(array) < n:
-        rest = f"--first {args.first + len(array)} --n {n - len(array)}"
-        say(f"stopped: {rest} with another --out draws the rest", sys.stderr)
-        sys.exit(128 + stopping.number)
 
 
 def sample(args):
     """Draws and writes what the command line asks for."""
+    # what is asked for
     model = load(args.ckpt, args.method, args.order, args.raw, args.device)
     facts = model.facts
     classes = pick_classes(args, model)
-
-    # what the sampler is asked for besides
-    grid = {}
-    for key in ("rho", "t_end", "multistep", "grid"):
-        if getattr(args, key) is not None:
-            grid[key] = getattr(args, key)
-    pick_sampler(model, args.sampler, args.nfe, grid)  # refuses before anything is written
-
-    # how many samples, and where they go
     n = args.n or min(max(64, 8 * len(classes)), 1024)
     if facts["kind"] == "points":
         n = args.n or 10_000
-    pngs = new_pngs(args, facts, n)
-    if args.compile:
-        model.net = torch.compile(model.net)
+    if args.png_dir:
+        if facts["kind"] != "image":
+            raise UserError("--png-dir is for 8-bit images: leave it out, samples.npz has all")
+        if os.path.exists(args.png_dir):
+            raise UserError(f"{args.png_dir} exists already: choose another --png-dir")
 
     # the film: at each call of the first batch the state's data block beside the prediction
     frames = []
 
     def film(m, x_hat):
-        q = m.chunk(model.process.n, 1)[0]
-        both = [data.picture(data.finish(x, facts), facts) for x in (q, x_hat)]
-        frames.append(np.concatenate(both, 1))
+        if args.film and len(frames) < args.nfe:
+            q = m[:, : x_hat.shape[1]]
+            both = [data.picture(data.finish(x, facts), facts) for x in (q, x_hat)]
+            frames.append(np.concatenate(both, 1))
 
+    # one PNG a sample, and the pictures of all of them
     def pictures(array, labels):
+        if args.png_dir:
+            folder = make_folder(args.png_dir)
+            for i, image in enumerate(array, args.first):
+                write_png(folder / f"{i:06d}.png", image.repeat(3 // image.shape[2], 2))
         drawn = {"samples.png": png(data.picture(array, facts, labels))}
         if frames:
             drawn["film.png"] = apng(frames, 200)
         return drawn
 
-    watch = film if args.film else None
+    # with a faster net, or a coarser one
+    if args.compile:
+        model.net = torch.compile(model.net)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-        draw_and_save(model, args, n, classes, pictures, pngs=pngs, watch=watch, **grid)
-
-
-MOVED = {  # options of before -> the command that has them now
-    **dict.fromkeys("--inpaint --mask --shrink --held-out --stroke".split(), "extras.complete"),
-    **dict.fromkeys("--nll --nll-steps --data --data-dir".split(), "extras.likelihood"),
-}
-
-
-def command(argv):
-    """Reads the command line, and draws."""
-    for word in argv:
-        word = word.split("=")[0]
-        if word in MOVED:
-            raise UserError(f"{word} is an option of python -m {MOVED[word]} now")
-    sample(Sampling(**vars(parser(Sampling(), __doc__).parse_args(argv))))
+        draw_and_save(model, args, n, classes, pictures, watch=film)
 
 
 def main(argv=None):
-    run(lambda: command(sys.argv[1:] if argv is None else argv))
+    run(lambda: sample(Sampling(**vars(parser(Sampling(), __doc__).parse_args(argv)))))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ run(lambda: work(Config(**vars(args))))                # a UserError ends it in 
 import argparse
 import signal
 import sys
-import threading
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -21,10 +21,8 @@ from formats.files import UserError, say, why
 
 
 def option(default, help, low=None, high=None, choices=(), may_change=False, kind=None):
-    """A dataclass field that is also an option. kind: its type, by default that of the default.
+    """A dataclass field that is also an option. kind: the type of a word, by default the field's.
     may_change: a resumed run may have another value."""
-    if kind is None:
-        kind = str if default is None else type(default)
     about = dict(help=help, low=low, high=high, choices=choices, kind=kind, may_change=may_change)
     return field(default=default, metadata=about)
 
@@ -41,19 +39,20 @@ class Options:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            several = value if isinstance(value, tuple) else (value,)
-            for v in several:
-                check(f, v)
+            values = value if isinstance(value, tuple) else (value,)
+            for one in values:
+                check(f, one)
 
 
 def check(f, value):
     """UserError for a value that the option of field f does not take."""
     about = f.metadata
-    if value is None or value == f.default:
+    if value is None:
         return
-    if about["low"] is not None and not about["low"] <= value <= about["high"]:
-        limits = f"from {about['low']:g} to {about['high']:g}"
-        raise UserError(f"{flag(f.name)} must be {limits}, got {value!r:.40}")
+    low = about["low"]
+    high = about["high"]
+    if low is not None and not low <= value <= high:
+        raise UserError(f"{flag(f.name)} must be from {low:g} to {high:g}, got {value!r:.40}")
     if about["choices"] and value not in about["choices"]:
         choices = ", ".join(about["choices"])
         raise UserError(f"{flag(f.name)} must be one of {choices}, got {value!r:.40}")
@@ -62,28 +61,29 @@ def check(f, value):
 def parser(defaults, doc):
     """A command line with an option for each field of `defaults`; a mistake is a UserError."""
     p = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
-
-    def refuse(message):
-        raise UserError(f"{why(message)}; --help shows the options")
-
     p.error = refuse
     for f in fields(defaults):
-        value = getattr(defaults, f.name)
         about = f.metadata
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        value = getattr(defaults, f.name)
         text = about["help"]
         if value not in (None, "", ()) and "default:" not in text:
-            text = f"{text} (default: {shown})"
-        how = dict(dest=f.name, default=value, help=text.replace("%", "%%"))
-        if about["kind"] is bool:
+            text += " (default: %(default)s)"
+        how = dict(dest=f.name, default=value, help=text)
+        if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
-            how["type"] = about["kind"]
+            how["type"] = about["kind"] or f.type
             how["metavar"] = "|".join(about["choices"]) or flag(f.name)[2:].upper()
-        if isinstance(value, tuple):
+        if f.type is tuple:
             how["nargs"] = "*"
         p.add_argument(flag(f.name), **how)
     return p
+
+
+def refuse(message):
+    """UserError for what argparse says; an option may be another command's."""
+    others = "train.py, sample.py, python -m extras.complete, python -m extras.likelihood"
+    raise UserError(f"{why(message)}; --help shows the options of each of {others}")
 
 
 class Stopping:
@@ -93,12 +93,11 @@ class Stopping:
     def __enter__(self):
         self.number = 0
         self.former = {}
-        if threading.current_thread() is not threading.main_thread():
-            return self  # no other thread may set handlers
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                self.former[number] = signal.signal(number, self.remember)
+        with suppress(ValueError):  # no thread but the main one may set handlers
+            for number in signal.Signals:  # Windows has no SIGHUP
+                is_stop = number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+                if is_stop and signal.getsignal(number) != signal.SIG_IGN:
+                    self.former[number] = signal.signal(number, self.remember)
         return self
 
     def remember(self, number, frame):
@@ -116,12 +115,10 @@ def run(body):
     """Calls body. A UserError, too little memory or a missing compiler prints one line and exits
     with a status that is not 0. Any other error keeps its traceback."""
     HEARD.clear()
-    former = warnings.showwarning
-    warnings.showwarning = hear
-    if hasattr(sys.stdout, "reconfigure"):  # a console that cannot show the name of a class
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        body()
+        with warnings.catch_warnings():
+            warnings.showwarning = hear
+            body()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -133,14 +130,13 @@ def run(body):
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             sys.exit(f"error: cannot compile the net ({why(error):.80}): leave out --compile")
         raise
-    finally:
-        warnings.showwarning = former
 
 
 def hear(message, *where, **more):
     """A warning on one line, which goes to log.txt, too."""
-    HEARD.append(why(message))
-    say(f"warning: {why(message)}", sys.stderr)
+    text = why(message)
+    HEARD.append(text)
+    say(f"warning: {text}", sys.stderr)
 
 
 def is_of_memory(error):

@@ -566,15 +566,15 @@ def warn_of_fill(path, sample):
     (N, C, ...), and far from all others, so that it is the smallest or the largest there."""
     for values in sample.swapaxes(0, 1):
         for value in (values.min(), values.max()):
-            share = np.mean(values == value)
-            if not 0.001 <= share < 1:
+            count = np.sum(values == value)
+            if not max(3, values.size / 1000) <= count < values.size:
                 continue
             others = values[values != value]
             low, middle, high = np.quantile(others, (0.05, 0.5, 0.95))
             if abs(value - middle) > 20 * (high - low) > 0:
                 warn(
                     path,
-                    f"{100 * share:.2g} % of the values are {value:.6g}, far from all"
+                    f"{100 * count / values.size:.2g} % of the values are {value:.6g}, far from all"
                     " others: if that stands for missing values, fill them, say with the mean",
                 )
                 return

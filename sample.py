@@ -36,21 +36,27 @@ from formats.png import apng, png, write_png
 
 
 @dataclass(frozen=True)
-class Drawing(Options):
-    """Options of all commands that draw; None: not given."""
+class Asking(Options):
+    """Options of all commands that ask a trained network; None: not given."""
 
     ckpt: str = option(None, "checkpoint or folder of a run; default: the newest under runs/")
+    method: str = option(None, "process to sample with", choices=train.METHODS)
+    order: int = option(None, "of that process, for HOLD", 1, 8)
+    seed: int = option(0, "of the noise", 0, 2**32 - 1)
+    batch: int = option(256, "samples at a time", 1, 1e6)
+    device: str = option("auto", "cpu, cuda, mps; auto takes the first that is there")
+
+
+@dataclass(frozen=True)
+class Drawing(Asking):
+    """Options of all commands that draw."""
+
     nfe: int = option(20, "calls of the sampler", 1, 1e5)
     n: int = option(None, "samples; default: 64, at least 8 a class, 10,000 points", 1, 1e7)
     first: int = option(0, "number of the first sample, which depends on it and --seed", 0, 1e9)
     sampler: str = option("ode", "AGM: ode, exponential, splitting, em; HOLD: ode, strang, lie, em")
     class_: str = option(None, "a class, its number, all or none; default: all that the net knows")
     guidance: float = option(1.0, "1 follows the class, more exaggerates it", 0, 100)
-    seed: int = option(0, "of the noise", 0, 2**32 - 1)
-    batch: int = option(256, "samples at a time", 1, 1e6)
-    method: str = option(None, "process to sample with", choices=train.METHODS)
-    order: int = option(None, "of that process, for HOLD", 1, 8)
-    device: str = option("auto", "cpu, cuda, mps; auto takes the first that is there")
     out: str = option(None, "folder for the results, which replace former ones; default: the run's")
 
 
@@ -132,7 +138,8 @@ def draw(
     watch=None,
     **options,
 ):
-    """An iterator over samples (b, ...) in the units of the data, and their labels (b,) or None.
+    """An iterator over numpy arrays: samples (b, ...) in the units of the data, and their labels
+    (b,) or None.
 
     Sample i depends on seed and i alone, i = first ... first + n - 1: bit for bit at equal batch,
     up to float32 rounding otherwise. Samples take the classes (numbers) in turn. grid of `ode`:
@@ -163,7 +170,7 @@ def draw(
         x = sampler(model.process, predict, m, nfe, **own | options)
         if not x.isfinite().all():
             raise UserError("samples are not finite, nothing was written: try another --sampler")
-        return data.finish(x, model.facts), label
+        return data.finish(x, model.facts), None if label is None else label.cpu().numpy()
 
     return map(draw_batch, torch.arange(first, first + n).split(batch))
 

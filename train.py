@@ -69,14 +69,12 @@ class Config(Options):
         0.999, "decay of the weight average that samples are drawn with", 0.0, 0.999999
     )
     width: int = option(32, "channels of the net, of a UNet's first level", 1, 4096)
-    mult: tuple = option((1, 2), "UNet: width of each level, in units of --width", 1, 64, kind=int)
+    mult: tuple = option((1, 2), "UNet: width of each level, in units of --width", 1, 64)
     blocks: int = option(1, "UNet: residual blocks a level; MLP: layers", 1, 100)
-    attention: tuple = option((), "UNet: levels with attention, 0 is full size", 0, 15, kind=int)
+    attention: tuple = option((), "UNet: levels with attention, 0 is full size", 0, 15)
     dropout: float = option(0.0, "UNet: dropout rate", 0.0, 0.99)
     classes: bool = option(False, "learn the labels, too: sample.py --class, --guidance")
-    flip: bool = option(
-        None, "mirror half of the training images; default: the data set's", kind=bool
-    )
+    flip: bool = option(None, "mirror half of the training images; default: the data set's")
     amp: str = adjustable("off", "bf16: autocast the net to bfloat16", choices=("off", "bf16"))
     compile: bool = adjustable(False, "compile the net: faster steps after some minutes")
     seed: int = option(0, "of the weights, the batches and the noise", 0, 2**32 - 1)

@@ -39,9 +39,7 @@ class Options(sample.Drawing):
     n: int = option(32, "samples", 1, 10**7)
     class_: str = option("none", "a class, its number, or all in turn, if the net knows classes")
     inpaint: str = option(None, "picture of which a part is known, by --mask or --shrink")
-    held_out: int = option(
-        None, "number of a held-out picture, in place of a FILE", 0, 10**9, kind=int
-    )
+    held_out: int = option(None, "number of a held-out picture, in place of a FILE", 0, 1e9)
     mask: str = option(None, "picture or .npy, white where it is known; its alpha, if it has one")
     shrink: int = option(1, "side of the blocks whose means are known", 1, 4096)
     rule: str = option("gibbs", "how it is completed", choices=("gibbs", "covariance", "paper"))

@@ -20,26 +20,16 @@ import torch
 
 import data
 import sample
-import train
-from formats.command import Options as Base
 from formats.command import option, parser, run
 from formats.files import UserError, say
 
 
 @dataclass(frozen=True)
-class Options(Base):
+class Options(sample.Asking):
     """What the command line asks for; None: not given."""
 
-    ckpt: str = option(None, "checkpoint or folder of a run; default: the newest under runs/")
-    n: int = option(None, "held-out samples; default: all of them", 2, 10**7, kind=int)
-    steps: int = option(96, "steps of Runge-Kutta 4, four calls each", 1, 10**5)
-    batch: int = option(256, "samples at a time", 1, 10**6)
-    seed: int = option(0, "of the noise", 0, 2**32 - 1)
-    method: str = option(
-        None, "process of the flow, if the net is a denoiser", choices=train.METHODS
-    )
-    order: int = option(None, "of that process, for HOLD", 1, 8, kind=int)
-    device: str = option("auto", "cpu, cuda, mps; auto takes the first that is there")
+    n: int = option(None, "held-out samples; default: all of them", 2, 1e7)
+    steps: int = option(96, "steps of Runge-Kutta 4, four calls each", 1, 1e5)
     data: str = option(None, "another data set or file than the run's")
     data_dir: str = option(None, "where the files of a named data set are")
     raw: bool = option(False, "the last weights, not their average (EMA)")

@@ -20,10 +20,10 @@ import torch
 from formats.files import UserError, say, why
 
 
-def option(default, help, low=None, high=None, choices=(), may_change=False, kind=None):
-    """A dataclass field that is also an option. kind: the type of a word, by default the field's.
+def option(default, help, low=None, high=None, choices=(), may_change=False):
+    """A dataclass field that is also an option of the field's type; a tuple is whole numbers.
     may_change: a resumed run may have another value."""
-    about = dict(help=help, low=low, high=high, choices=choices, kind=kind, may_change=may_change)
+    about = dict(help=help, low=low, high=high, choices=choices, may_change=may_change)
     return field(default=default, metadata=about)
 
 
@@ -72,10 +72,10 @@ def parser(defaults, doc):
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
-            how["type"] = about["kind"] or f.type
+            how["type"] = f.type
             how["metavar"] = "|".join(about["choices"]) or flag(f.name)[2:].upper()
         if f.type is tuple:
-            how["nargs"] = "*"
+            how |= dict(type=int, nargs="*")
         p.add_argument(flag(f.name), **how)
     return p
 
@@ -115,6 +115,8 @@ def run(body):
     """Calls body. A UserError, too little memory or a missing compiler prints one line and exits
     with a status that is not 0. Any other error keeps its traceback."""
     HEARD.clear()
+    if hasattr(sys.stdout, "reconfigure"):  # a console that cannot show the name of a class
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = hear

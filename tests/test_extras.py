@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -417,7 +418,7 @@ def test_a_picture_is_fitted_as_in_training():
     Image = pytest.importorskip("PIL.Image")
     photo = RNG.integers(0, 256, (20, 30, 3), np.uint8)
     Image.fromarray(photo).save("photo.png")
-    trained_on, _ = pictures.decode("photo.png", 8)
+    trained_on = Image.fromarray(pictures.decode("photo.png", Counter(), 8))
     x = complete.fitted(photo, "", (1, 8, 8))
     assert np.abs(x[0, 0].numpy() - trained_on.convert("L")).max() <= 1
 

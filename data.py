@@ -51,7 +51,8 @@ class Rows:
 
     @property
     def shape(self):
-        return len(self.rows), *self[:0].shape[1:]
+        _, *sides, C = self.array.shape
+        return len(self.rows), C, *sides
 
     def __len__(self):
         return len(self.rows)
@@ -84,7 +85,7 @@ class Dataset:
     names: tuple | list = ()  # of the classes; empty: no labels
     no_labels: str = ""  # why there are none, where that is not plain
     files: tuple | list = ()  # names of the files that are held out, where there are such
-    draw: object = None  # function: n -> fresh points (n, D)
+    draw: object = None  # function: n, generator=None -> fresh points (n, D)
     flip: bool = False  # mirror half of the training images
     shift: torch.Tensor | float = 0.0  # float64 (C,): value in the file = shift + scale * x
     scale: float = 1.0  # one number for all channels keeps the shape of the data
@@ -156,7 +157,8 @@ class Dataset:
     def moments(self):
         """Facts of all training values in network units: their standard deviation, a bound on their
         size, and the means (C, H, W) or (D,) of all samples and of each class (without classes, of
-        one class). Means are those of what a network meets: of mirrored images, too."""
+        one class; None for so many that they would be too large). Means are those of what a network
+        meets: of mirrored images, too."""
         n = len(self.train)
         size = math.prod(self.shape)
         label = self.train_labels
@@ -187,7 +189,7 @@ class Dataset:
             "std": std / 127.5 if self.is_image else std,
             "bound": 1.0 if self.is_image else 1.1 * largest,
             "mean": means[0],
-            "class_means": means[1:],
+            "class_means": means[1:] if means.numel() < 2**24 else None,
         }
 
 
@@ -425,7 +427,8 @@ def as_samples(path, array):
         return array, "points"
     # (N, H, W), unless it looks like one picture (H, W, C)
     if len(shape) == 3:
-        if shape[2] in (1, 3) or shape[1] > shape[2] == 4:
+        is_rgba = shape[2] == 4 and shape[1] > 4
+        if shape[2] in (1, 3) or is_rgba:
             fix = "give (N, H, W, C), and of series (N, L, 1, C)"
             raise UserError(f"{found} may be one picture or many: {fix}")
         array = array[..., None]
@@ -445,14 +448,17 @@ def samples(path, array, labels=None, names=(), held_out=None, no_labels="", fil
     array, kind = as_samples(path, array)
     train_rows, test_rows = split(len(array), held_out)
     units = {}
-    change = np.uint8
+    change = np.uint8  # which leaves pixels as they are
     # pixels stay as they are, floats are brought to network units
     if kind == "image":
         low = array.min()
         high = array.max()
-        if low == high or high == 1:
-            fix = "255 is white, so multiply masks by 255"
-            raise UserError(f"{path} has pixels from {low} to {high}: {fix}")
+        if low == high:
+            raise UserError(f"{path} has pixels of {low} alone: give pictures that differ")
+        if high == 1:
+            raise UserError(
+                f"{path} has pixels of 0 and 1, but 255 is white: multiply masks by 255"
+            )
     else:
         shift, scale = standard(path, array, train_rows)
         units = {"shift": torch.from_numpy(shift), "scale": scale}
@@ -474,8 +480,8 @@ def samples(path, array, labels=None, names=(), held_out=None, no_labels="", fil
 
 
 def split(n, held_out):
-    """The rows to train on, and those that are held out: by default a fifth, drawn at random but
-    always the same."""
+    """The rows to train on, and those that are held out, a slice or indices: by default a fifth,
+    drawn at random but always the same."""
     rows = np.arange(n)
     if held_out is None:
         held_out = np.random.default_rng(0).permutation(n)[: n // 5]
@@ -519,8 +525,8 @@ def standard(path, array, rows):
     what lies far from 0. UserError where there is nothing to learn, warnings where values are
     odd."""
     values = Rows(array, rows, np.float64)
-    n = len(rows) * math.prod(array.shape[1:-1])
-    axes = (0, 2, 3)[: array.ndim - 1]  # all but the channels
+    n = len(rows) * math.prod(array.shape[1:-1])  # values of a channel
+    axes = (0,) if array.ndim == 2 else (0, 2, 3)  # all but the channels
     # one pass over the rows for the mean, one for the spread of each channel
     shift = sum(x.sum(axes, keepdim=True) for _, x in parts(values)) / n
     square = sum((x - shift).square().sum(axes) for _, x in parts(values))
@@ -571,7 +577,8 @@ def warn_of_fill(path, sample):
                 continue
             others = values[values != value]
             low, middle, high = np.quantile(others, (0.05, 0.5, 0.95))
-            if abs(value - middle) > 20 * (high - low) > 0:
+            spread = high - low
+            if spread > 0 and abs(value - middle) > 20 * spread:
                 warn(
                     path,
                     f"{100 * count / values.size:.2g} % of the values are {value:.6g}, far from all"

@@ -52,7 +52,7 @@ class Drawing(Asking):
     """Options of all commands that draw."""
 
     nfe: int = option(20, "calls of the sampler", 1, 1e5)
-    n: int = option(None, "samples; default: 64, at least 8 a class, 10,000 points", 1, 1e7)
+    n: int = option(None, "samples; default: 64, or 8 a class up to 1,024; 10,000 points", 1, 1e7)
     first: int = option(0, "number of the first sample, which depends on it and --seed", 0, 1e9)
     sampler: str = option("ode", "AGM: ode, exponential, splitting, em; HOLD: ode, strang, lie, em")
     class_: str = option(None, "a class, its number, all or none; default: all that the net knows")
@@ -114,7 +114,7 @@ def load(path=None, method=None, order=None, raw=False, device="auto"):
         raise UserError(f"a net of target {trained.target} serves its own process only: {fix}")
     config = replace(trained, method=method or trained.method, order=order or trained.order)
     method, process, net = train.build(config, ckpt["data"])
-    if order and not train.has_order(type(process)):
+    if order and not hasattr(process, "order"):
         raise UserError(f"{config.method} has no --order: leave it out, or add --method hold")
 
     # the weights, which nothing changes from here on
@@ -138,14 +138,14 @@ def draw(
     watch=None,
     **options,
 ):
-    """An iterator over numpy arrays: samples (b, ...) in the units of the data, and their labels
-    (b,) or None.
+    """An iterator over pairs of numpy arrays: samples (b, ...) in the units of the data, and their
+    labels (b,) or None.
 
-    Sample i depends on seed and i alone, i = first ... first + n - 1: bit for bit at equal batch,
-    up to float32 rounding otherwise. Samples take the classes (numbers) in turn. grid of `ode`:
-    "learned", if there is one, or "even". condition(model, m, net, label, randn) -> m, predict is
-    what is known (extras/complete.py). watch(m, x_hat) is told of each call. options: rho, t_end,
-    multistep, ts; UserError for one that the sampler does not have.
+    Sample i depends on seed, classes and i alone, i = first ... first + n - 1: bit for bit at equal
+    batch, up to float32 rounding otherwise. Samples take the classes (numbers) in turn. grid of
+    `ode`: "learned", if there is one, or "even". condition(model, m, net, label, randn) -> m,
+    predict is what is known (extras/complete.py). watch(m, x_hat) is told of each call. options:
+    rho, t_end, multistep, ts; UserError for one that the sampler does not have.
     """
     sampler, takes = pick_sampler(model, sampler, nfe, options)
     guided = guide(model.net, guidance)
@@ -165,9 +165,13 @@ def draw(
             mean = None  # what is known moves it
         predict = partial(watched, predict, watch)
 
-        # the sampler, with what it takes; what is asked for goes first
-        own = supplies(model, takes, m, nfe, grid, randn, mean)
-        x = sampler(model.process, predict, m, nfe, **own | options)
+        # the sampler, with what it takes of these
+        given = dict(randn=randn, data_mean=mean)
+        if "ts" in takes and grid == "learned" and model.bend:
+            given["ts"] = learned_times(model, m, nfe, free=mean is not None)
+        given |= options  # what is asked for wins
+        given = {key: value for key, value in given.items() if key in takes}
+        x = sampler(model.process, predict, m, nfe, **given)
         if not x.isfinite().all():
             raise UserError("samples are not finite, nothing was written: try another --sampler")
         return data.finish(x, model.facts), None if label is None else label.cpu().numpy()
@@ -193,17 +197,10 @@ def pick_sampler(model, name, nfe, options):
     return samplers[name], takes
 
 
-def supplies(model, takes, m, nfe, grid, randn, mean):
-    """What a sampler that takes it is given without being asked: noise, the mean of the data, and
-    the learned grid, which has more times where the network bends."""
-    given = dict(randn=randn, data_mean=mean)
-    if "ts" in takes and model.bend and grid == "learned":
-        R = model.method.clock_rate(model.process, m)
-        free = mean is not None  # the first step of ode
-        given["ts"] = clock.learned_times(
-            model.method, model.process, nfe, R, **model.bend, free=free
-        )
-    return {key: value for key, value in given.items() if key in takes}
+def learned_times(model, m, nfe, free):
+    """Times of `ode`, more of them where the network bends. free: the first one costs no call."""
+    R = model.method.clock_rate(model.process, m)
+    return clock.learned_times(model.method, model.process, nfe, R, **model.bend, free=free)
 
 
 class Noise:
@@ -287,11 +284,12 @@ def draw_and_save(model, args, n, classes, pictures, note="", watch=None, condit
     """Draws n samples, writes them, and says so; after a signal to stop, those of whole batches.
 
     pictures(array, labels) -> {name: bytes of a picture}. note: what a call costs besides.
-    condition: of `draw`; watch: of its first batch.
+    condition, watch: as in `draw`.
     """
     # between two calls: progress, signals, and whoever watches
     calls = 0
     began = time.perf_counter()
+    stopping = Stopping()
 
     def between_calls(m, x_hat):
         nonlocal calls
@@ -310,22 +308,23 @@ def draw_and_save(model, args, n, classes, pictures, note="", watch=None, condit
     batches = draw(model, n, **how)
 
     out = make_folder(args.out or model.path.parent)
-    arrays = []
-    with Stopping() as stopping:
+    drawn = []
+    with stopping:
         # whole batches, until a signal comes
         with suppress(KeyboardInterrupt):
-            for array, _ in batches:
-                arrays.append(array)
+            for batch in batches:
+                drawn.append(batch)
         seconds = time.perf_counter() - began
-        done = sum(map(len, arrays))
+        done = sum(len(array) for array, _ in drawn)
 
         # what they are
-        if arrays:
-            save(out, model.facts, np.concatenate(arrays), args.first, classes, pictures)
+        if drawn:
+            save(out, model.facts, drawn, pictures)
             if args.guidance != 1:
                 note = f" x 2 (guidance calls the net with and without the class){note}"
             say(f"{done} samples of {model.path} (target {model.config.target}) by {model.process}")
             say(f"sampler {args.sampler} NFE {args.nfe}{note} seconds/sample {seconds / done:.5f}")
+
     # what is left to do
     if done < n:
         rest = f"--first {args.first + done} --n {n - done} with another --out draws the rest"
@@ -341,17 +340,19 @@ def say_progress(share, began):
             say(f"{share:.0%} done, {left:.1f} minutes left ", sys.stderr, end="\r")
 
 
-def save(out, facts, array, first, classes, pictures):
-    """Writes the arrays, and then the pictures: none of them is worth losing the arrays."""
+def save(out, facts, drawn, pictures):
+    """Writes the batches that were drawn, and then the pictures: no picture is worth losing the
+    arrays."""
+    array = np.concatenate([array for array, _ in drawn])
     arrays = dict(arr_0=array)
     labels = None
-    if classes:
-        labels = np.take(classes, range(first, first + len(array)), mode="wrap")
+    if drawn[0][1] is not None:
+        labels = np.concatenate([label for _, label in drawn])
         arrays |= dict(labels=labels, names=facts["names"])
     write_files({out / "samples.npz": partial(np.savez_compressed, **arrays)})
-    drawn = pictures(array, labels)
-    write_files({out / name: drawn[name] for name in drawn})
-    say(f"wrote samples.npz, {', '.join(drawn)} in {out}")
+    files = pictures(array, labels)
+    write_files({out / name: files[name] for name in files})
+    say(f"wrote samples.npz, {', '.join(files)} in {out}")
 
 
 def sample(args):

@@ -33,8 +33,8 @@ from formats.command import HEARD, Options, Stopping, flag, option, parser
 from formats.files import UserError, absolute, make_folder, say, why, write_files
 from formats.png import write_png
 
-# The methods: the page with loss, denoise and SAMPLERS, and the process. One of your own, added
-# here, is trained and sampled: METHODS["flow"] = (agm_ref, FlowMatching), say.
+# The methods: the page (a module) with loss, denoise and SAMPLERS, and the process. One of your
+# own, added here, is trained and sampled: METHODS["flow"] = (agm_ref, FlowMatching), say.
 METHODS = {"agm": (agm_ref, agm_ref.AGM), "hold": (hold_ref, hold_ref.HOLD)}
 
 # -------------------------------------------------------------------------------------------------
@@ -97,16 +97,23 @@ class Config(Options):
 
 def configure(argv):
     """Command line -> (config, checkpoint or None)."""
-    # a first pass finds the run, or the data and the device, as they decide on the defaults
-    without_help = [word for word in argv if word not in ("-h", "--help")]
-    given = parser(Config(), __doc__).parse_args(without_help)
-    ckpt = load_checkpoint(given.out) if given.resume else None
-    if ckpt:
-        defaults = replace(ckpt["config"], out=str(ckpt["path"].parent))
-    else:
-        shape = data.shape_of(given.data, given.size)
-        preset = preset_for(shape, pick_device(given.device).type)
-        defaults = replace(Config(), **preset)
+    # once to find the run, or the data and the device, as these decide on the defaults; then with
+    # those defaults, which --help shows
+    words = [word.split("=")[0] for word in argv]
+    asks_help = not {"-h", "--help"}.isdisjoint(words)
+    given = parser(Config(), __doc__).parse_args([w for w in argv if w not in ("-h", "--help")])
+    ckpt = None
+    defaults = Config()
+    try:
+        if given.resume:
+            ckpt = load_checkpoint(given.out)
+            defaults = replace(ckpt["config"], out=str(ckpt["path"].parent))
+        else:
+            shape = data.shape_of(given.data, given.size)
+            defaults = replace(defaults, **preset_for(shape, pick_device(given.device).type))
+    except UserError:
+        if not asks_help:
+            raise
     args = vars(parser(defaults, __doc__).parse_args(argv))
 
     # paths are absolute, so that a resumed run finds them from any folder
@@ -116,20 +123,22 @@ def configure(argv):
     for key in ("mult", "attention"):
         args[key] = tuple(args[key])
 
-    # what does not go together
-    if args["order"] != Config.order and not has_order(METHODS[args["method"]][1]):
-        raise UserError(f"{args['method']} has no --order: leave it out, or add --method hold")
     if ckpt:
         check_changes(defaults, args)
+        # --minutes begins a schedule by the clock, --steps ends one
         if given.minutes:
-            ckpt["minutes"] = 0.0  # of the schedule that begins now
-        elif args["steps"] != defaults.steps:
+            ckpt["minutes"] = 0.0
+        elif "--steps" in words:
             args["minutes"] = 0.0
-    return Config(**args), ckpt
 
-
-def has_order(Process):
-    return "order" in [f.name for f in fields(Process)]
+    # what does not go together
+    config = Config(**args)
+    _, Process = METHODS[config.method]
+    if config.order != Config.order and not hasattr(Process, "order"):
+        raise UserError(f"{config.method} has no --order: leave it out, or add --method hold")
+    if config.batch % (config.accum * WORLD):
+        raise UserError("--batch must be a multiple of --accum times the number of processes")
+    return config, ckpt
 
 
 def check_changes(defaults, args):
@@ -155,9 +164,7 @@ WIDE = dict(
 LARGE = {
     28: dict(steps=20_000, batch=128, lr=5e-4, width=64, mult=(1, 2, 2), blocks=2),
     32: WIDE | dict(steps=200_000, batch=128, attention=(1,)),
-    64: WIDE | dict(steps=400_000, batch=64, attention=(2,)),
-    math.inf: WIDE
-    | dict(steps=500_000, batch=8, lr=2e-5, mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(4,)),
+    math.inf: WIDE | dict(steps=400_000, batch=64, attention=(2,)),
 }
 
 
@@ -209,16 +216,17 @@ def build(config, facts):
         noise_mean=noise_mean,
         noise_std=noise_std,
     )
-    if has_order(Process):
+    if hasattr(Process, "order"):
         options["order"] = config.order
     process = Process(**options)
 
-    # a denoiser sees y at the time sigma/(1 + sigma), a paper's net sees the state
+    # a denoiser sees y at the time sigma/(1 + sigma), a paper's net sees the state. T and t_data:
+    # the length of the time axis, and where on it the data are
     C, *size = facts["shape"]
-    sees = C
+    channels = C
     times = dict(T=1.0, t_data=0.0)
     if config.target != "data":
-        sees = process.n * C
+        channels = process.n * C
         times = dict(T=max(process.first, process.last), t_data=process.data_time)
 
     # a network of your own goes here: net(m, t, label=None) -> (B, C, ...), see nets.py
@@ -226,9 +234,9 @@ def build(config, facts):
     common = dict(width=config.width, classes=classes, **times)
     if size:
         shape = dict(mult=config.mult, blocks=config.blocks, attention=config.attention)
-        net = nets.UNet(sees, C, dropout=config.dropout, **shape, **common)
+        net = nets.UNet(channels, C, dropout=config.dropout, **shape, **common)
     else:
-        net = nets.MLP(sees, C, depth=config.blocks, **common)
+        net = nets.MLP(channels, C, depth=config.blocks, **common)
     return page, process, net
 
 
@@ -273,7 +281,7 @@ def folder_of(config, ckpt):
 def new_folder(config):
     """The folder of a new run. UserError if --out names one that is not empty."""
     if config.out:
-        out = make_folder(config.out.removesuffix("/ckpt.pt"))
+        out = make_folder(config.out)
         if (out / "ckpt.pt").exists():
             raise UserError(f"{out} has a run: --resume, or another --out")
         if any(out.iterdir()):
@@ -433,8 +441,8 @@ def is_save_between(before, after, config):
 
 
 class Log:
-    """Lines on the terminal and in the run's log.txt; if one cannot be written, the other goes
-    on."""
+    """Lines on the terminal and in the run's log.txt; if one of them is full, the other goes on.
+    UserError if log.txt cannot be opened."""
 
     def __init__(self, path):
         try:
@@ -446,7 +454,7 @@ class Log:
         if RANK:
             return
         say(line)
-        while HEARD:
+        while HEARD:  # warnings since the line before, which run has shown
             say(f"warning: {HEARD.pop(0)}", self.file)
         say(line, self.file)
 
@@ -476,9 +484,7 @@ def train(config, ckpt=None):
     """Trains until the last update, the last minute, or a signal."""
     # the data, and the net as it is new or was saved
     device = pick_device(config.device)
-    part, rest = divmod(config.batch, config.accum * WORLD)
-    if rest:
-        raise UserError("--batch must be a multiple of --accum times the number of processes")
+    part = config.batch // config.accum // WORLD
     dataset, facts = load_data(config, ckpt)
     run = prepare(config, facts, ckpt, device)
     step = start = ckpt["step"] if ckpt else 0
@@ -540,7 +546,9 @@ def train(config, ckpt=None):
             if saves and RANK == 0:
                 finish(log, run, dataset, out, step, pace.minutes(), share == 1, halted)
 
-    # how the run ended
+    # how the run ended; the first process saves last
+    if WORLD > 1:
+        distributed.barrier()
     if halted and share < 1:
         log.say(f"stopped at step {step}, which is saved: --resume --out '{out}' goes on")
         sys.exit(128 + halted)
@@ -590,8 +598,6 @@ def announce(log, run, dataset, start):
     # the process, the data, the net
     config = run.config
     log.say(str(run.process))
-    if config.target == "data":
-        log.say("it learns to remove noise: sample.py draws from it by any method and order")
     log.say(f"{config.data}: {data.describe(dataset)}, {len(dataset.test)} more held out")
     size = sum(p.numel() for p in run.net.parameters()) / 1e6
     until = f"for {config.minutes:g} minutes" if config.minutes else f"to {config.steps}"
@@ -682,7 +688,8 @@ def learned_bend(log, run):
 
 
 def draw_picture(run, path):
-    """64 images, at least 8 of each class, or 10,000 points, from the same noise each time."""
+    """64 images, or 8 and more of each of 32 classes, or 10,000 points; from the same noise each
+    time."""
     # how many, and rows of the classes that the data have
     facts = run.facts
     n = 10_000 if facts["kind"] == "points" else 64
@@ -692,7 +699,7 @@ def draw_picture(run, path):
         known = torch.tensor(facts["counts"]).nonzero()[:32, 0]
         labels = known.repeat(max(8, math.ceil(n / len(known))))
         n = len(labels)
-        mean = None  # each class has its own
+        mean = None  # each class has another: the net is asked for it
 
     # in parts that fit the memory
     states = run.process.prior((n, *facts["shape"]), torch.Generator().manual_seed(0))
@@ -713,5 +720,4 @@ def main(argv=None):
 if __name__ == "__main__":
     main()
     if WORLD > 1:
-        distributed.barrier()  # the first process saves last
         distributed.destroy_process_group()

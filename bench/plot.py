@@ -119,6 +119,7 @@ def each(results, sets, quantities):
 def pages():
     """{name of the picture: figure}."""
     points = each("points", ("spiral", "moons", "checkerboard", "gmm"), ("distance", "sharpness"))
+    grids = each("grid", ("spiral", "moons", "checkerboard", "digits", "emoji"), ["mean distance"])
     images = each("images", ("fashion", "cifar10"), ("distance", "frechet"))
     noisy = [("stochastic", "spiral", "sharpness"), ("stochastic", "digits", "frechet")]
     known = [f"{of}, {part}" for of in ("digits", "emoji") for part in ("left half", "2x2 means")]
@@ -129,6 +130,7 @@ def pages():
         "points": page(points, 4),
         "few-digits": page(each("images", ["digits"], ("distance", "frechet")), 2),
         "few-images": page(images, 4),
+        "grid": page(grids, 5),
         "stochastic": page(noisy, 2),
         "completing": page(each("conditions", known, ["rms"]), 4, **names),
         "likelihood": page(likely, 2, xlabel="steps of Runge-Kutta", log=False),

@@ -8,8 +8,8 @@
 In Python:
 
     see = complete.observation(shrink=2)                    # what is known of a picture
-    rule = complete.condition(picture, see)                 # picture (1, C, H, W) in [-1, 1]
-    images = [x for x, labels in sample.draw(model, 8, condition=rule)]
+    known = complete.condition(picture, see)                # picture (1, C, H, W) in [-1, 1]
+    images = [x for x, labels in sample.draw(model, 8, condition=known)]
 
 Known of x (B, C, H, W) is c = H x, H an orthogonal projection, here the function `see`. A rule is a
 prediction in place of `denoise`. It keeps something from call to call, so each batch gets a new
@@ -187,7 +187,8 @@ def posterior_mean(model, D, sigma, times_J, see, known, passes, noise):
 
         x' = D + J H u,     (H J H + noise^2/sigma^2) u = c - H D
 
-    u comes from `passes` steps of conjugate gradients, each with one product J v.
+    as in a Kalman update. u comes from `passes` steps of conjugate gradients, each with one product
+    J v. (Directions lie in the range of H, so H v = v.)
     """
     x = D
     residual = known - see(D)
@@ -227,7 +228,7 @@ def redraw(model, m, t, x, randn):
 
 def mixed_in(model, m, stroke):
     """The AGM paper's v <- .9 v + .1 stroke. Several auxiliary blocks: in the direction of their
-    mean."""
+    mean, which for AGM is 1."""
     C = stroke.shape[1]
     mean = model.process.mean(model.process.first)[1:, None]
     direction = mean / mean.norm()
@@ -269,7 +270,8 @@ def check_model(args, model):
         raise UserError(f"--rule {args.rule} wants a net of target data: take --rule paper")
     if args.stroke and model.process.n == 1:
         raise UserError("a process of one block has nothing for a stroke to act on: --order 2")
-    if args.sampler == "strang" and args.rule != "covariance" and args.inject != "init":
+    redraws = args.inject == "dyn" if args.stroke else args.rule != "covariance"
+    if args.sampler == "strang" and redraws:
         raise UserError("strang loses what is redrawn: take another --sampler")
     _, H, W = model.facts["shape"]
     if H % args.shrink or W % args.shrink:
@@ -337,7 +339,6 @@ def complete(args):
     check_options(args)
     model = sample.load(args.ckpt, args.method, args.order, device=args.device)
     check_model(args, model)
-    sample.pick_sampler(model, args.sampler, args.nfe, {})  # refuses before anything is written
     classes = sample.pick_classes(args, model)
     picture, name = picture_of(args, model)
 
@@ -351,7 +352,7 @@ def complete(args):
     else:
         mask = mask_of(args, model) if args.mask else None
         see = observation(mask, args.shrink)
-        noise = args.noise / 127.5 * args.shrink  # a mean counts once, not in each of its pixels
+        noise = args.noise / 127.5 * args.shrink  # the mean of a block is so much less noisy
         rule = condition(picture, see, args.rule, args.passes, noise)
         beside = torch.cat([picture, see(picture)])
         if args.rule != "paper":

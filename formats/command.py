@@ -94,9 +94,9 @@ class Stopping:
         self.number = 0
         self.former = {}
         with suppress(ValueError):  # no thread but the main one may set handlers
-            for number in signal.Signals:  # Windows has no SIGHUP
-                is_stop = number.name in ("SIGINT", "SIGTERM", "SIGHUP")
-                if is_stop and signal.getsignal(number) != signal.SIG_IGN:
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and signal.getsignal(number) != signal.SIG_IGN:
                     self.former[number] = signal.signal(number, self.remember)
         return self
 
@@ -113,7 +113,7 @@ HEARD = []  # warnings so far, for log.txt
 
 def run(body):
     """Calls body. A UserError, too little memory or a missing compiler prints one line and exits
-    with a status that is not 0. Any other error keeps its traceback."""
+    with a status that is not 0, Ctrl-C exits with 130. Any other error keeps its traceback."""
     HEARD.clear()
     if hasattr(sys.stdout, "reconfigure"):  # a console that cannot show the name of a class
         sys.stdout.reconfigure(errors="backslashreplace")

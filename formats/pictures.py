@@ -34,8 +34,8 @@ from formats.files import MARK, UserError, cached, reading, say, why
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM".split()  # Pillow's others could start foreign programs
 ENDINGS = tuple(".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .ppm .pgm".split())
 HELD_OUT = {"test", "val", "valid", "validation"}
-# files that mark the folder of a run, and what is in them unless they are empty: others have a
-# log.txt, too
+# files that mark the folder of a run, and what their first 4,000 bytes hold, unless they are empty
+# (b"": anything): others have a log.txt, too
 OF_A_RUN = {"ckpt.pt": b"", "samples.npz": b"", "log.txt": b"sigma_data="}
 LARGEST = "largest value of 16 bits"
 DARK = 2**14  # below it are rather 12 bits in 16, or 8
@@ -58,7 +58,8 @@ def opened(file, changes):
     PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # texts and colour profiles may be long
     image = Image.open(file, formats=FORMATS)
     changes["further frames not read"] += getattr(image, "n_frames", 1) - 1
-    stored = str(image.tile)  # of colours of 16 bits Pillow keeps the upper eight
+    # of colours of 16 bits Pillow keeps the upper eight: tile tells PNG's "RGB;16B", PPM's 65535
+    stored = str(image.tile)
     has_16_bits = ";16" in stored or "65535" in stored
     image = ImageOps.exif_transpose(image)
 
@@ -69,7 +70,7 @@ def opened(file, changes):
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError("its values are not integers from 0 to 65535")
         largest = int(values.max())
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
+        image = Image.fromarray((values / 257).round().astype(np.uint8))  # 65535/255
     elif has_16_bits and not image.has_transparency_data:
         largest = 257 * int(np.max(image.convert("RGB")))
     changes[LARGEST] = max(changes[LARGEST], largest)
@@ -278,6 +279,7 @@ def converted(path, size, found):
             files.append(name)
             yield square
 
+    # the array of before, with the lists beside it, or squares(), which fills these
     sources = [path / name for name in found] if path.is_dir() else [path]
     return cached(path, size, sources, squares(), [files, changes, skipped])
 
@@ -307,17 +309,18 @@ def by_folder(files):
     """The classes by the folders that the pictures are in."""
     folders = [name.split("/")[:-1] for name in files]
     about = {}
+    # the outermost folders, until they are classes: one around all says nothing, and train and test
+    # say what is held out
     while folders and all(folders):
         outer = [folder[0] for folder in folders]
-        parts = [part.lower() for part in outer]
-        if not about and "train" in parts and HELD_OUT & set(parts):
-            about["held_out"] = np.flatnonzero([part in HELD_OUT for part in parts])
+        lowered = [name.lower() for name in outer]
+        if not about and "train" in lowered and HELD_OUT & set(lowered):
+            about["held_out"] = np.flatnonzero([name in HELD_OUT for name in lowered])
         elif len(set(outer)) > 1:
             classes = sorted(set(outer), key=by_number)
             number = {name: i for i, name in enumerate(classes)}
             labels = np.array([number[name] for name in outer])
             return about | {"labels": labels, "names": classes}
-        # neither parts nor a folder around them all are classes
         folders = [folder[1:] for folder in folders]
 
     if any(folders):

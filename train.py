@@ -81,7 +81,7 @@ class Config(Options):
     device: str = adjustable("auto", "cpu, cuda, mps; auto takes the first that is there")
     out: str = adjustable("", "new folder for the run; default: runs/METHOD-DATA, numbered")
     save_every: int = adjustable(
-        0, "updates between saves (not with --minutes); default: six saves", 0, 10**9
+        0, "updates between saves (not with --minutes); default: a sixth of the run", 0, 10**9
     )
     log_every: int = adjustable(50, "updates between log lines", 1, 10**9)
     resume: bool = adjustable(False, "go on with the run in --out; default: the newest in runs/")

@@ -353,6 +353,54 @@ def test_a_clock_that_stands_still_divides_nothing_by_zero(monkeypatch):
     assert run(POINTS)["step"] == 6
 
 
+def test_the_rate_warms_up_and_falls_as_a_cosine(monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def recorded(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    run(f"{POINTS} --lr 0.1 --warmup 4")
+    cosine = [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]
+    assert np.abs(rates - 0.1 * np.multiply(cosine, [0.25, 0.5, 0.75, 1, 1, 1])).max() < 1e-8
+
+
+def test_the_average_keeps_its_share_and_takes_the_rest_of_the_net():
+    average = torch.nn.Linear(2, 2)
+    net = torch.nn.Linear(2, 2)
+    expected = 0.9 * average.weight + 0.1 * net.weight
+    train.follow(average, net, 0.9)
+    assert (average.weight - expected).abs().max() < 1e-6
+
+
+def test_a_young_average_forgets_soon(monkeypatch):
+    follow = Mock()
+    monkeypatch.setattr(train, "follow", follow)
+    run(f"{POINTS} --ema 0.3")
+    decays = [call.args[2] for call in follow.call_args_list]
+    assert decays == [1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3]
+
+
+def test_one_label_in_ten_is_forgotten():
+    torch.manual_seed(0)
+    label = torch.arange(10_000) % 7
+    kept = train.forget_some(label, 7)
+    forgotten = kept == 7
+    assert torch.equal(kept[~forgotten], label[~forgotten])
+    assert abs(float(forgotten.double().mean()) - 0.1) < 0.012  # four standard errors
+
+
+def test_each_update_of_each_process_draws_its_own_noise(monkeypatch):
+    seeds = []
+    on_batch(monkeypatch, lambda number: seeds.append(torch.initial_seed()))
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "RANK", rank)
+        begin(POINTS, f"run{rank}")
+    assert len(set(seeds)) == 12
+
+
 def test_a_run_without_held_out_samples_has_no_held_out_loss():
     np.save("few.npy", np.random.default_rng(0).normal(size=(4, 2)))
     assert math.isnan(run(f"{TOY} --data few.npy")["held_out"])

@@ -394,8 +394,10 @@ def read_array(path):
         more = {"labels", "names"}
         keys = set(file) - more
         chosen = keys & {"images", "x"} or keys
+        if {"images", "x"} <= keys:
+            raise ValueError("it holds images and x: keep one of them")
         if len(chosen) != 1:
-            raise ValueError(f"it holds {file.files}: call the samples, alone, images or x")
+            raise ValueError(f"it holds {file.files}: call the samples images or x")
         (key,) = chosen
         found = {"array": file[key]}
         for name in more & set(file):
@@ -418,7 +420,8 @@ def as_samples(path, array):
     found = f"{path}: {array.dtype} {shape}"
     is_image = array.dtype == np.uint8
     is_float = array.dtype.kind == "f"
-    is_field = is_float or array.dtype.type is np.uint16  # of either byte order
+    is_uint16 = array.dtype.type is np.uint16  # of either byte order
+    is_field = is_float or (is_uint16 and len(shape) > 2)
     if not array.size:
         raise UserError(f"{found} is empty: give at least one sample")
     if not (is_image or is_field):
@@ -501,16 +504,16 @@ def check_labels(path, labels, names, n):
     if labels.shape == (n, 1):
         labels = labels[:, 0]
     if labels.shape != (n,) or labels.dtype.kind not in "iu":
-        raise UserError(
-            f"{path}: labels must be {n} integers, one for each sample; found"
-            f" {labels.dtype.name} {labels.shape}"
-        )
+        found = "text" if labels.dtype.kind in "US" else f"{labels.dtype} {labels.shape}"
+        raise UserError(f"{path}: labels must be {n} integers, one for each sample; found {found}")
     high = labels.max()
     if labels.min() < 0 or high >= 10_000:
         raise UserError(f"{path}: labels must be from 0 to 9999; found {labels.min()} to {high}")
     if not np.size(names):
         names = range(high + 1)
-    names = np.ravel(names).astype(str).tolist()
+    names = [
+        n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in np.ravel(names)
+    ]
     if high >= len(names):
         raise UserError(f"{path} has labels up to {high}, but {len(names)} names: give all names")
     return labels.astype(np.int64), names
@@ -534,7 +537,9 @@ def standard(path, array, rows):
     scale = math.sqrt(square.mean() / n)
 
     # a sum is finite if all of its terms are
-    if not math.isfinite(scale + array.sum(dtype=np.float64)):
+    with np.errstate(invalid="ignore"):
+        total = array.sum(dtype=np.float64)
+    if not math.isfinite(scale + total):
         fix = "remove the rows with NaN or infinity, or fill them, say with the mean"
         raise UserError(f"{path} has values that are not finite, or too large: {fix}")
     if scale <= 1e-14 * shift.abs().max():

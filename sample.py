@@ -397,8 +397,23 @@ def sample(args):
         draw_and_save(model, args, n, classes, pictures, watch=film)
 
 
+MOVED = {  # options that sample.py once had
+    "extras.complete": ("--inpaint", "--mask", "--shrink", "--held-out", "--stroke"),
+    "extras.likelihood": ("--nll", "--nll-steps", "--data", "--data-dir"),
+}
+
+
+def command(argv):
+    """Reads the command line, and draws."""
+    for word in argv:
+        for module, options in MOVED.items():
+            if word.split("=")[0] in options:
+                raise UserError(f"{word:.40} is for python -m {module}, see its --help")
+    sample(Sampling(**vars(parser(Sampling(), __doc__).parse_args(argv))))
+
+
 def main(argv=None):
-    run(lambda: sample(Sampling(**vars(parser(Sampling(), __doc__).parse_args(argv)))))
+    run(lambda: command(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -192,7 +192,8 @@ def pick_device(name):
         number.item()  # a device without numbers, as meta, fails here
         return number.device
     except Exception as error:  # torch raises a dozen kinds
-        raise UserError(f"cannot use --device {name} ({why(error):.100}): leave it out") from None
+        text = f"cannot use --device {name} ({why(error):.60})"
+        raise UserError(f"{text}: leave it out, or give cpu, cuda or mps") from None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -251,12 +252,12 @@ def load_data(config, ckpt):
     # what sampling and --resume need to know of it
     facts = dataset.summary()
     facts["noise"] = POINTS_NOISE if facts["kind"] == "points" else IMAGES_NOISE
-    if config.classes and not facts["labels"]:
-        reason = dataset.no_labels or "no class folders"
-        raise UserError(f"{config.data} has no labels ({reason}): leave out --classes")
     if ckpt:
         check_same(facts, ckpt["data"], config.data)
         facts = ckpt["data"]
+    if config.classes and not facts["labels"]:
+        reason = dataset.no_labels or "no class folders"
+        raise UserError(f"{config.data} has no labels ({reason}): leave out --classes")
     return dataset, facts
 
 
@@ -552,6 +553,8 @@ def train(config, ckpt=None):
     if halted and share < 1:
         log.say(f"stopped at step {step}, which is saved: --resume --out '{out}' goes on")
         sys.exit(128 + halted)
+    if step == 0:
+        raise UserError("--minutes were over before the first update: give more of them")
     if step == start:
         log.say("nothing is left to do: --resume with a larger --steps, or --minutes, goes on")
     log.say(f"done: {out}; next: python sample.py --ckpt '{out}'")

@@ -253,7 +253,7 @@ def check_options(args):
     if args.rule == "paper" and given(args, "passes noise"):
         raise UserError("--passes and --noise are not for --rule paper: leave them out")
     if not args.stroke and len(given(args, "mask shrink")) != 1:
-        raise UserError(f"{pictures[0]}: give --mask FILE or --shrink K, what is known of it")
+        raise UserError(f"{pictures[0]}: give one of --mask FILE and --shrink K, what is known")
 
 
 def given(args, names):
@@ -288,7 +288,7 @@ def picture_of(args, model):
     dataset = data.load(config.data, config.data_dir or None, config.flip, config.size)
     train.check_same(dataset.summary(), model.facts, config.data)
     if args.held_out >= len(dataset.test):
-        raise UserError(f"--held-out must be below {len(dataset.test)}, the number of them")
+        raise UserError(f"--held-out counts from 0, and the run has {len(dataset.test)} of them")
     x, _ = dataset.held_out([args.held_out])
     return x, dataset.held_out_name(args.held_out)
 
@@ -315,7 +315,7 @@ def fitted(array, path, shape, shrink=1):
         except ImportError:
             fix = f"give {H} x {W} pixels, or pip install pillow"
             raise UserError(f"{path} has {array.shape[:2]}: {fix}") from None
-        image = Image.fromarray(array.squeeze())
+        image = Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
         array = np.asarray(ImageOps.fit(image, (W, H), Image.Resampling.LANCZOS))
 
     # grey or in colour, as the network's pictures are

@@ -81,9 +81,8 @@ def parser(defaults, doc):
 
 
 def refuse(message):
-    """UserError for what argparse says; an option may be another command's."""
-    others = "train.py, sample.py, python -m extras.complete, python -m extras.likelihood"
-    raise UserError(f"{why(message)}; --help shows the options of each of {others}")
+    """UserError for what argparse says."""
+    raise UserError(f"{why(message)}; --help shows the options")
 
 
 class Stopping:

@@ -124,7 +124,9 @@ def read_mask(path):
     with reading(path, FIX):
         if str(path).endswith(".npy"):
             array = np.load(path, allow_pickle=False)
-            array = array.reshape(array.shape[:2]).astype(float)
+            array = np.float64(array.squeeze())
+            if array.ndim != 2 or not np.isfinite(array).all():
+                raise ValueError("a mask is numbers of shape (H, W)")
             if array.max() <= 1:
                 array = 255 * array
             return array.clip(0, 255).astype(np.uint8)
@@ -246,9 +248,9 @@ def members(path):
     archive = zipfile.ZipFile(path)
     files = {}
     for info in archive.infolist():
-        if not info.is_dir():
-            name = Path(info.filename.replace("\\", "/"))
-            files[name.as_posix()] = partial(archive.open, info)
+        name = info.filename.replace("\\", "/")
+        if not name.endswith("/"):
+            files[Path(name).as_posix()] = partial(archive.open, info)
     return files
 
 
@@ -298,7 +300,11 @@ def by_list(files, lists):
             pairs = json.load(file)["labels"]
         for name, label in pairs or []:
             path = folder / name.replace("\\", "/")
-            labels[path.as_posix()] = range(10_000).index(label)
+            labels[path.as_posix()] = label
+        for name in files:
+            label = labels.get(name)
+            if type(label) is not int or not 0 <= label < 10_000:
+                raise ValueError(f"{name} has {label!r:.20}")
         return {"labels": np.array([labels[name] for name in files])}
     except Exception as error:  # of JSON, and of whatever else may be in one
         reason = f"{index} gives no class from 0 to 9999 to each picture ({why(error)})"

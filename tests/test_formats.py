@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import shutil
 import struct
 import sys
@@ -404,6 +405,7 @@ def zipped(folder):
         for path in filter(Path.is_file, Path(folder).rglob("*")):
             name = str(path.relative_to(folder))
             file.write(path, name.replace("/", "\\"))
+            file.writestr(name.replace("/", "\\")[: -len(path.name)] or "x\\", b"")
             file.writestr(f"__MACOSX/._{name}", b"resource")
     return "s.ZIP"
 
@@ -453,13 +455,23 @@ def test_classes_of_a_list(form):
 
 
 @pytest.mark.parametrize(
-    "labels", ["7", "null", '[["b.png", 0]]', '[["a.png", -1]]', '[["a.png", [0.5, 0.5]]]']
+    ("labels", "reason"),
+    [
+        ("7", ""),
+        ("null", "a.png has None"),
+        ('[["b.png", 0]]', "a.png has None"),
+        ('[["a.png", -1]]', "a.png has -1"),
+        ('[["a.png", 1.0]]', "a.png has 1.0"),
+        ('[["a.png", true]]', "a.png has True"),
+        ('[["a.png", [0.5, 0.5]]]', r"a.png has \[0.5"),
+    ],
 )
-def test_a_list_without_classes_says_why(labels):
+def test_a_list_without_classes_says_why(labels, reason):
     paint("s/a.png", flat(9))
     Path("s/dataset.json").write_text(f'{{"labels": {labels}}}')
     found = loaded()
-    assert found["no_labels"].startswith("dataset.json gives no class from 0 to 9999")
+    start = "dataset.json gives no class from 0 to 9999"
+    assert re.match(f"{start}.*{reason}", found["no_labels"])
     assert "labels" not in found
 
 

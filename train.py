@@ -553,8 +553,6 @@ def train(config, ckpt=None):
     if halted and share < 1:
         log.say(f"stopped at step {step}, which is saved: --resume --out '{out}' goes on")
         sys.exit(128 + halted)
-    if step == 0:
-        raise UserError("--minutes were over before the first update: give more of them")
     if step == start:
         log.say("nothing is left to do: --resume with a larger --steps, or --minutes, goes on")
     log.say(f"done: {out}; next: python sample.py --ckpt '{out}'")

@@ -270,8 +270,9 @@ def test_network_calls_of_guidance_are_explained(command, capsys):
 
 
 MISTAKES = [
-    ("digits --inpaint FILE", "unrecognized arguments: --inpaint FILE; --help"),
-    ("digits --nll", "python -m extras.likelihood"),
+    ("digits --inpaint FILE", "--inpaint is for python -m extras.complete"),
+    ("digits --data=x", "is for python -m extras.likelihood"),
+    ("digits --colour", "unrecognized arguments: --colour; --help shows"),
     ("digits --n x", "invalid int value: 'x'"),
     ("digits --batch 0", "--batch must be from 1 to 1e+06, got 0"),
     ("digits --guidance 101", "--guidance must be from 0 to 100, got 101"),

@@ -402,11 +402,13 @@ def test_a_damaged_zip_is_one_line():
 def zipped(folder):
     """The folder as a zip of Windows and macOS."""
     with zipfile.ZipFile("s.ZIP", "w") as file:
-        for path in filter(Path.is_file, Path(folder).rglob("*")):
-            name = str(path.relative_to(folder))
-            file.write(path, name.replace("/", "\\"))
-            file.writestr(name.replace("/", "\\")[: -len(path.name)] or "x\\", b"")
-            file.writestr(f"__MACOSX/._{name}", b"resource")
+        for path in Path(folder).rglob("*"):
+            name = str(path.relative_to(folder)).replace("/", "\\")
+            if path.is_dir():
+                file.writestr(f"{name}\\", b"")
+            else:
+                file.write(path, name)
+                file.writestr(f"__MACOSX\\._{name}", b"resource")
     return "s.ZIP"
 
 

@@ -27,8 +27,9 @@ x at t = 1. With tau = 1 - t, the time that is left:
 
 Which acceleration a*? Of all paths that reach position x with velocity v_end after the time tau,
 the one with the least int |a|^2 is a cubic: its fourth derivative is zero. Position and velocity
-at both ends fix the cubic. (Put q + v s + a s^2/2 + b s^3/6 at s = tau equal to x, its slope there
-equal to v_end, and eliminate b.) It starts with the acceleration
+at both ends fix the cubic q + v s + a s^2/2 + b s^3/6, 0 < s < tau: x - q = v tau + a tau^2/2 +
+b tau^3/6, and v_end = v + a tau + b tau^2/2. The first minus tau/3 of the second has no b, and so
+the cubic starts with the acceleration
 
     a = 6 (x - q)/tau^2 - (4 v + 2 v_end)/tau
 
@@ -44,6 +45,8 @@ j (j - 1) = 4 j - 4, so j is 1 or 4. Error and velocity are therefore
 
     (e, v) = M beta,     M = [[tau,    tau^4],
                               [ -1, -4 tau^3]],     beta (2,): the amplitudes of the two modes
+
+    det M = -3 tau^4,     M^-1 = 1/3 [[4/tau, 1], [-tau^-4, -tau^-3]]
 
 Without noise beta is constant. A kick dv changes it by M^-1 (0, dv) = dv/3 (1, -tau^-3), and kicks
 have the variance p^2 tau^2 dt. Given x, (e, v) has the covariance of (q, v). So Cov(beta) is at
@@ -65,13 +68,13 @@ interact: mu (2,) and L (2, 2) act on the blocks q and v. At t = .5, mu = (.354,
 2. What the paper's network learns
 
 F, the drift of v given x: a* for the SDE, and a* - g^2/2 grad_v log p(m | x) for the ODE with the
-same marginals. What samples is its mean over p(x | m), E[F | m]: the Fokker-Planck equation is
-linear in p(m | x), and the mean of grad_v log p(m | x) is grad_v log p(m).
+same marginals. What samples is its mean over p(x | m): p(m) is the mean of p(m | x) over x, and so
+is its flux. E[F | m] p(m) is the mean of F p(m | x), so E[F | m] moves p(m).
 
 As grad log p(m | x) = -Sigma^-1 (m - mu x), both have the form F = w . m + w_x x. (w_x > 0: plain
 for a*, checked in numbers for the other.) So whoever predicts E[F | m] predicts E[x | m], and vice
-versa. Now insert m = mu x + L eps. The score is noise alone, and a* without noise is the
-acceleration of the mean, dmu_v/dt = 4 tau^2. So
+versa. Insert m = mu x + L eps: F = (w . mu + w_x) x + (L^T w) . eps. At eps = 0 the score is 0 and
+a* is the acceleration of the mean, dmu_v/dt = 4 tau^2 per unit of x. So that is the bracket:
 
     F = 4 tau^2 x + r . eps,     r = L^T w
 
@@ -111,7 +114,7 @@ nothing is known yet, and x_hat is the mean of the data.
     p, k       AGM.p, AGM.k    ()            strength of noise; covariance of q and v in the prior
     mu         mean(t)         (..., n)      mean of the blocks per unit of x
     Sigma, L   cov, cholesky   (..., n, n)   covariance of the blocks given x, and its factor
-    w, w_x     affine(t)       (..., n), ()  F = w . m + w_x x
+    w, w_x     affine(t)       (..., n)      F = w . m + w_x x; w_x is (...)
     x_hat      predict(m, t)   (B, C, ...)   E[x | m]; with a network: `denoise`
     F_theta    |r| net         (B, C, ...)   target "ode", "sde": net(m, t, label), t of the process
     z          to_z(t)         (B, C, ...)   y/sigma = w . m, with a w of its own
@@ -194,7 +197,8 @@ class Process:
 
     def time_of_snr(self, snr):
         """Time (...) from `first` to `last` at which the SNR is snr (...), or nearest to it.
-        Between the knots it is interpolated: an SNR of .01 to 4e4 is met to 2e-4 of it."""
+        Between the knots it is interpolated: an SNR of .01 to 4e4 is met to 2e-4 of it by AGM and
+        HOLD."""
         log_snr, t = self.knots
         wanted = torch.as_tensor(snr, **F64).log().numpy()
         return torch.as_tensor(np.interp(wanted, log_snr, t), **F64)
@@ -355,8 +359,8 @@ def loss(process, net, x, label=None):
 # 3. The denoiser, the same for every process (Karras et al. 2022, sections 5 and B.6), on z =
 # y/sigma, which stays of unit size as the SNR goes to 0. With sd = sigma_data theirs are, on y,
 #     c_in = 1/sqrt(sigma^2 + sd^2),     c_skip = sd^2 c_in^2,     c_out = sigma sd c_in
-# What acts on z has one more sigma, and sigma c_in = 1/sqrt(1 + sd^2 SNR). The weight of the loss
-# is 1/c_out^2 = 1/sd^2 + SNR.
+# and on z, as sigma c_in = 1/sqrt(1 + sd^2 SNR), those of `denoise_y`. The weight of the loss is
+# 1/c_out^2 = 1/sd^2 + SNR.
 
 
 def denoiser_loss(process, net, x, label=None):
@@ -474,10 +478,11 @@ def exponential(process, predict, m, nfe, multistep=2, rho=1.0, t_end=None):
 
         q += h v + int (t_next - u) |r(u)| N(u) du,     v += int |r(u)| N(u) du
 
-    (`past` keeps F; `adams_weights` divides each by |r| of its own time.) The first step is Euler's
-    and has an error h^2: order 2 at rho 1 for multistep > 1. At rho 2 that step is about nfe^-2
-    long, and multistep 3 gives order 3. The paper's on CIFAR-10: multistep 3, rho 2, t_end .4, .7,
-    .9 for nfe 5, 10, 20."""
+    with N = sum_j l_j F_j/|r_j|, l_j the Lagrange polynomials of the times of the calls. The first
+    steps lack past calls: the first is Euler's and has an error of its length squared. That length
+    is about 1/nfe at rho 1, so the order is 2 for multistep > 1, and nfe^-2 at rho 2, where
+    multistep 3 gives order 3. The paper's on CIFAR-10: multistep 3, rho 2, t_end .4, .7, .9 for nfe
+    5, 10, 20."""
     if multistep not in (1, 2, 3, 4):
         raise ValueError(f"multistep must be 1, 2, 3 or 4, got {multistep}")
     ts = even_times(process, nfe, rho, t_end)
@@ -537,18 +542,18 @@ def ode(process, predict, m, nfe, data_mean=None, ts=None):
     A wrong mean moves the samples. None: the first x_hat is one of the nfe calls, at a noise level
     that training hardly sees.
     ts: the times to visit, nfe of them, or nfe + 1 if the first one needs no call, as data_mean is
-    its x_hat. None: `times`.
+    its x_hat. None: `times`. (nfe = 1 is one call at `first`, whatever data_mean is.)
 
     A step. m = mu x_hat + L eps goes to mu_1 x_hat + L_1 eps = A m + b x_hat, with A = L_1 L^-1 and
-    b = mu_1 - A mu at the next time. In units of L that is d(L^-1 m) = x_hat d(L^-1 mu), and
-    |L^-1 mu| = sqrt(SNR). For one block, n = 1, it is DDIM as it was published.
+    b = mu_1 - A mu at the next time. Along that flow d(L^-1) and L' L^-1 cancel: d(L^-1 m) =
+    x_hat d(L^-1 mu), and |L^-1 mu| = sqrt(SNR). For one block, n = 1, it is DDIM as published.
 
     Second order. Let x be x_hat at the start of the step, h its length in lambda = log(1 + R
     sqrt(SNR)), and l, from 0 to h, how far lambda has come. x_hat is taken to be x + slope l, with
-    the slope of the step before (at first 0). sqrt(SNR) grows about as e^l, so the mean of x_hat
-    over the step is x + c slope, c = int l e^l dl / int e^l dl = h/(1 - e^-h) - 1. (Any c = h/2 +
-    O(h^2) has order 2: that L^-1 mu turns as well changes the error by a factor. With very many
-    calls the free first step, which leaves out what m tells at the prior, limits the order.)
+    the slope of the step before (at first 0). d sqrt(SNR) is proportional to e^l dl, so the mean of
+    x_hat over the step is x + c slope, c = int l e^l dl / int e^l dl = h/(1 - e^-h) - 1. (Any c =
+    h/2 + O(h^2) has order 2: that L^-1 mu turns as well changes the error by a factor. With very
+    many calls the free first step, which leaves out what m tells at the prior, limits the order.)
 
     Corrector. x_next shows what the slope of the step to it was, and so what its mean x_hat should
     have been: more by shift = c (new slope - slope). So m moves by b shift, and y, which is
@@ -670,7 +675,8 @@ def call_net(net, m, t, label, x):
 
 def check_data(process, x):
     """ValueError for data that no network takes. A warning for data far from the scale of
-    sigma_data, but not on a GPU, where looking at a number means waiting for it."""
+    sigma_data, but not within a finite bound, nor on a GPU, where to look at a number means waiting
+    for it."""
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"data are floats (B, C, ...) or (B, D), got {x.dtype} {tuple(x.shape)}")
     if x.is_cuda or x.abs().max() <= process.bound < math.inf:

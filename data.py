@@ -37,7 +37,7 @@ from formats.png import extent, histogram, image_grid, titled
 
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.npz"
 ARRAYS = (".npy", ".npz")
-LARGE = 2**30  # bytes: a larger array stays on the disk, and batches read their rows
+LARGE = 2**30  # bytes: a larger .npy or cache stays on the disk, and batches read their rows
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Rows:
         return len(self.rows)
 
     def __getitem__(self, index):
-        part = self.change(self.array[self.rows[index]])
+        part = self.change(self.array[np.atleast_1d(self.rows[index])])
         return torch.from_numpy(np.moveaxis(part, -1, 1)).contiguous()
 
 
@@ -506,7 +506,7 @@ def check_labels(path, labels, names, n):
     if labels.shape != (n,) or labels.dtype.kind not in "iu":
         found = "text" if labels.dtype.kind in "US" else f"{labels.dtype} {labels.shape}"
         raise UserError(f"{path}: labels must be {n} integers, one for each sample; found {found}")
-    high = labels.max()
+    high = int(labels.max())
     if labels.min() < 0 or high >= 10_000:
         raise UserError(f"{path}: labels must be from 0 to 9999; found {labels.min()} to {high}")
     if not np.size(names):
@@ -536,7 +536,7 @@ def standard(path, array, rows):
     spread = (square / n).sqrt()
     scale = math.sqrt(square.mean() / n)
 
-    # a sum is finite if all of its terms are
+    # a sum is finite only if all of its terms are
     with np.errstate(invalid="ignore"):
         total = array.sum(dtype=np.float64)
     if not math.isfinite(scale + total):

@@ -13,7 +13,7 @@ critically damped Langevin (CLD), 3 is HOLD.
 
 Images need not be centred, but then their mean is the data_mean of the last line.
 
-Read agm_ref.py first. The same there, word for word: section 3 of this text, `Process` and what it
+Read agm_ref.py first. Word for word the same in both: section 3 of this text, `Process` and what it
 uses, `denoiser_loss` to `to_z`, `ode` and its grid, the small tools at the end.
 
 Here the data x are (64, 3, 32, 32), the state m = cat(q, v, a) is (64, 9, 32, 32), and what the
@@ -48,21 +48,21 @@ the whole gives
     (s - lam)^n = P_n + xi P_n-1,     P_k = s P_k-1 + gamma_k-1^2 P_k-2,     P_0 = 1, P_1 = s
 
 P_k has the parity of k, so P_n and xi P_n-1 are the two halves of (s - lam)^n, with even and with
-odd powers of s. Dividing the recursion by P_k-1 gives P_k/P_k-1 = s + gamma_k-1^2/(P_k-1/P_k-2),
-down to P_1/P_0 = s. So their quotient is a continued fraction of all gammas. For lam = -1 and with
-u = 1/s
+odd powers of s. For lam = -1 and with u = 1/s, division by s^n makes them the even and the odd part
+of (1 + u)^n, for every n. The recursion makes their quotient a continued fraction of all gammas, as
+P_k/P_k-1 = s + gamma_k-1^2/(P_k-1/P_k-2), down to P_1/P_0 = s:
 
     xi P_n-1 / P_n = xi u/(1 + gamma_n-1^2 u^2/(1 + gamma_n-2^2 u^2/(1 + ...)))
 
-After division by s^n, P_n is even in u and xi P_n-1 is odd, for every n. So the same quotient is,
-as (1 + u)/(1 - u) = e^(2 artanh u), and by Euler's continued fraction for tan(n arctan x), x = iu,
+So does Euler's, which is that of tan(n arctan x) at x = iu (x^2 = -u^2 turns its minus signs to
+plus), as (1 + u)/(1 - u) = e^(2 artanh u):
 
     odd part of (1 + u)^n / even part = tanh(n artanh u)
                                       = n u/(1 + (n^2 - 1) u^2/(3 + (n^2 - 4) u^2/(5 + ...)))
 
-(n = 2: 2u/(1 + u^2).) Divide each level by its first number, 1, 3, 5, ..., so that all start with
-1: what stands over 2i + 1 and under 2i - 1 is divided by both. The two agree for xi = n and, i
-counted from the damped end,
+(n = 2: 2u/(1 + u^2).) Divide level i by 2i + 1, so that all start with 1: its numerator n^2 - i^2
+is divided by 2i + 1, and by the 2i - 1 of the level above. The two agree for xi = n and, i counted
+from the damped end,
 
     gamma_n-i^2 = (n^2 - i^2)/((2i - 1)(2i + 1)),     i = 1 ... n - 1
 
@@ -83,9 +83,9 @@ only decays. For n = 3 at t = .84, mu = (.738, -.481, .233).
 
 2. What the paper's network learns
 
-eps_n, the noise of the last block (block coordinate score matching, BCSM): the reverse SDE needs
-the score of that block only, and given x it is -eps_n / L_nn, the last entry of -L^-T eps, as L^-T
-is upper triangular. The last row of eps = L^-1 (m - mu x)
+eps_n, the noise of the last block (block coordinate score matching, BCSM). Given x,
+grad log p(m | x) = -Sigma^-1 (m - mu x) = -L^-T eps, and L^-T is upper triangular: the last entry
+is -eps_n / L_nn, the only score that the reverse SDE needs. The last row of eps = L^-1 (m - mu x)
 has the form eps_n = w . m + w_x x, so whoever predicts E[eps_n | m] predicts E[x | m], and vice
 versa.
 
@@ -211,7 +211,8 @@ class Process:
 
     def time_of_snr(self, snr):
         """Time (...) from `first` to `last` at which the SNR is snr (...), or nearest to it.
-        Between the knots it is interpolated: an SNR of .01 to 4e4 is met to 2e-4 of it."""
+        Between the knots it is interpolated: an SNR of .01 to 4e4 is met to 2e-4 of it by AGM and
+        HOLD."""
         log_snr, t = self.knots
         wanted = torch.as_tensor(snr, **F64).log().numpy()
         return torch.as_tensor(np.interp(wanted, log_snr, t), **F64)
@@ -420,8 +421,8 @@ def loss(process, net, x, label=None):
 # 3. The denoiser, the same for every process (Karras et al. 2022, sections 5 and B.6), on z =
 # y/sigma, which stays of unit size as the SNR goes to 0. With sd = sigma_data theirs are, on y,
 #     c_in = 1/sqrt(sigma^2 + sd^2),     c_skip = sd^2 c_in^2,     c_out = sigma sd c_in
-# What acts on z has one more sigma, and sigma c_in = 1/sqrt(1 + sd^2 SNR). The weight of the loss
-# is 1/c_out^2 = 1/sd^2 + SNR.
+# and on z, as sigma c_in = 1/sqrt(1 + sd^2 SNR), those of `denoise_y`. The weight of the loss is
+# 1/c_out^2 = 1/sd^2 + SNR.
 
 
 def denoiser_loss(process, net, x, label=None):
@@ -511,8 +512,9 @@ def strang(process, predict, m, nfe, t_end=None, randn=torch.randn_like):
     """SDE, Strang splitting: half a step of linear flow, the kick, half a step of linear flow.
 
     The kick changes m_n while it lasts, so x_hat is asked for after half a kick, which is made with
-    the previous x_hat: m has weak order 2 with it, at many calls, and 1 without it (CLD's SSCS),
-    both at one call a step. The result is the last x_hat.
+    the previous x_hat. That one is off by O(h), so half a kick with it by O(h^2), and the new kick
+    by O(h^3): m has weak order 2, at many calls, and 1 without the half kick (CLD's SSCS), both at
+    one call a step. The result is the last x_hat.
     What predict changes in place is lost here, except at the first call.
     """
     x_hat = None
@@ -539,7 +541,8 @@ def linear_flow(process, m, h, randn):
 def linear_step(process, h):
     """E = exp(G^T h) (n, n), and a factor (n, n) of the noise that the step adds. Its covariance is
     var (I - E E^T), but in a short step that has lost all its digits. So it is integrated, 2 xi var
-    int exp(G^T s) e_n e_n^T exp(G s) ds from 0 to h, at 100 nodes s_j. Row j of `noise` is
+    int exp(G^T s) e_n e_n^T exp(G s) ds from 0 to h (the integrand times -2 xi is the derivative of
+    exp(G^T s) exp(G s)), at 100 nodes s_j. Row j of `noise` is
     sqrt(weight_j) times column n of exp(G^T s_j), so the covariance is noise^T noise, and with
     noise = Q R it is R^T R. ValueError where 100 nodes do not resolve the damping."""
     E = process.transition(h).mT
@@ -595,18 +598,18 @@ def ode(process, predict, m, nfe, data_mean=None, ts=None):
     A wrong mean moves the samples. None: the first x_hat is one of the nfe calls, at a noise level
     that training hardly sees.
     ts: the times to visit, nfe of them, or nfe + 1 if the first one needs no call, as data_mean is
-    its x_hat. None: `times`.
+    its x_hat. None: `times`. (nfe = 1 is one call at `first`, whatever data_mean is.)
 
     A step. m = mu x_hat + L eps goes to mu_1 x_hat + L_1 eps = A m + b x_hat, with A = L_1 L^-1 and
-    b = mu_1 - A mu at the next time. In units of L that is d(L^-1 m) = x_hat d(L^-1 mu), and
-    |L^-1 mu| = sqrt(SNR). For one block, n = 1, it is DDIM as it was published.
+    b = mu_1 - A mu at the next time. Along that flow d(L^-1) and L' L^-1 cancel: d(L^-1 m) =
+    x_hat d(L^-1 mu), and |L^-1 mu| = sqrt(SNR). For one block, n = 1, it is DDIM as published.
 
     Second order. Let x be x_hat at the start of the step, h its length in lambda = log(1 + R
     sqrt(SNR)), and l, from 0 to h, how far lambda has come. x_hat is taken to be x + slope l, with
-    the slope of the step before (at first 0). sqrt(SNR) grows about as e^l, so the mean of x_hat
-    over the step is x + c slope, c = int l e^l dl / int e^l dl = h/(1 - e^-h) - 1. (Any c = h/2 +
-    O(h^2) has order 2: that L^-1 mu turns as well changes the error by a factor. With very many
-    calls the free first step, which leaves out what m tells at the prior, limits the order.)
+    the slope of the step before (at first 0). d sqrt(SNR) is proportional to e^l dl, so the mean of
+    x_hat over the step is x + c slope, c = int l e^l dl / int e^l dl = h/(1 - e^-h) - 1. (Any c =
+    h/2 + O(h^2) has order 2: that L^-1 mu turns as well changes the error by a factor. With very
+    many calls the free first step, which leaves out what m tells at the prior, limits the order.)
 
     Corrector. x_next shows what the slope of the step to it was, and so what its mean x_hat should
     have been: more by shift = c (new slope - slope). So m moves by b shift, and y, which is
@@ -728,7 +731,8 @@ def call_net(net, m, t, label, x):
 
 def check_data(process, x):
     """ValueError for data that no network takes. A warning for data far from the scale of
-    sigma_data, but not on a GPU, where looking at a number means waiting for it."""
+    sigma_data, but not within a finite bound, nor on a GPU, where to look at a number means waiting
+    for it."""
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"data are floats (B, C, ...) or (B, D), got {x.dtype} {tuple(x.shape)}")
     if x.is_cuda or x.abs().max() <= process.bound < math.inf:

@@ -117,9 +117,10 @@ def configure(argv):
     args = vars(parser(defaults, __doc__).parse_args(argv))
 
     # paths are absolute, so that a resumed run finds them from any folder
-    for key in ("data", "data_dir"):
-        if args[key] and args[key] not in data.NAMES:
-            args[key] = str(absolute(args[key]))
+    if args["data"] not in data.NAMES:
+        args["data"] = str(absolute(args["data"]))
+    if args["data_dir"]:
+        args["data_dir"] = str(absolute(args["data_dir"]))
     for key in ("mult", "attention"):
         args[key] = tuple(args[key])
 
@@ -404,7 +405,7 @@ class Pace:
         return (time.perf_counter() - self.began) / 60
 
     def share(self, step):
-        """From 0 at the start to 1 at the end."""
+        """From 0 at the start to 1 at the end: it sets the learning rate, the saves and the end."""
         share = step / self.config.steps
         if self.config.minutes:
             share = self.minutes() / self.config.minutes
@@ -618,7 +619,7 @@ def announce(log, run, dataset, start):
 
 def forget_some(label, none):
     """Labels (B,), one in ten replaced by `none`, the number of no class: guidance needs it."""
-    forgotten = torch.rand(len(label)).to(label.device) < 0.1
+    forgotten = data.send(torch.rand(len(label)) < 0.1, label.device)
     return torch.where(forgotten, none, label)
 
 
@@ -628,6 +629,8 @@ def follow(average, net, decay):
     random weights are forgotten soon."""
     for a, p in zip(average.parameters(), net.parameters(), strict=True):
         a.lerp_(p, 1 - decay)
+    for a, b in zip(average.buffers(), net.buffers(), strict=True):
+        a.copy_(b)  # of BatchNorm, say
 
 
 def report(losses, norms, config, step, speed, left, out):

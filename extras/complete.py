@@ -9,7 +9,7 @@ In Python:
 
     see = complete.observation(shrink=2)                    # what is known of a picture
     known = complete.condition(picture, see)                # picture (1, C, H, W) in [-1, 1]
-    images = [x for x, labels in sample.draw(model, 8, condition=known)]
+    ((images, labels),) = sample.draw(model, 8, condition=known)       # one batch
 
 Known of x (B, C, H, W) is c = H x, H an orthogonal projection, here the function `see`. A rule is a
 prediction in place of `denoise`. It keeps something from call to call, so each batch gets a new
@@ -68,7 +68,7 @@ def condition(picture, see, rule="gibbs", passes=2, noise=0.0):
     """What sample.draw takes as its condition, where see(picture) is known.
 
     picture: (1, C, H, W) in network units. rule: gibbs, covariance or paper. passes: of the first
-    two. noise: standard deviation of white noise in what is known, as see shows it.
+    two. noise: standard deviation of white noise in each pixel, before see.
     """
 
     def start(model, m, net, label, randn):
@@ -352,7 +352,7 @@ def complete(args):
     else:
         mask = mask_of(args, model) if args.mask else None
         see = observation(mask, args.shrink)
-        noise = args.noise / 127.5 * args.shrink  # the mean of a block is so much less noisy
+        noise = args.noise / 127.5 * args.shrink  # of a pixel: a mean has so much less
         rule = condition(picture, see, args.rule, args.passes, noise)
         beside = torch.cat([picture, see(picture)])
         if args.rule != "paper":

@@ -109,7 +109,8 @@ def test_a_large_array_stays_on_the_disk_and_gives_the_same(kind, monkeypatch):
         dataset = load(x=ARRAYS[kind], labels=LABELS, flip=True)
         torch.manual_seed(5)
         x, _ = dataset.batch(50)
-        found.append(torch.cat([x, dataset.summary()["class_means"]]))
+        one, _ = dataset.batch(1)
+        found.append(torch.cat([x, one, dataset.summary()["class_means"]]))
     assert isinstance(dataset.train, data.Rows)
     assert torch.equal(*found)
 
@@ -288,6 +289,11 @@ CONTENTS = {
 def test_other_contents_of_a_file_are_refused(name):
     arrays, match = CONTENTS[name]
     fails(match, load, **arrays)
+
+
+def test_labels_may_reach_the_limit_of_their_type():
+    dataset = load(x=FIVE, labels=np.array([0, 1, 2, 3, 255], np.uint8))
+    assert len(dataset.names) == 256
 
 
 @pytest.mark.parametrize(

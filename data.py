@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from formats import official, pictures
-from formats.files import UserError, absolute, why
+from formats.files import UserError, absolute, reading
 from formats.png import extent, histogram, image_grid, titled
 
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.npz"
@@ -386,7 +386,8 @@ def path_of(name, size):
 def read_array(path):
     """Of an .npy or .npz file the samples, `array`, and if it has them, the `labels` and the
     `names` of the classes. Never unpickles, never guesses."""
-    try:
+    fix = "write one array with numpy.save or numpy.savez, and no Python objects, as images of"
+    with reading(path, f"{fix} different sizes are"):
         file = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(file, np.ndarray):
             return {"array": file}
@@ -402,11 +403,6 @@ def read_array(path):
         found = {"array": file[key]}
         for name in more & set(file):
             found[name] = file[name]
-    except Exception as error:  # numpy and zipfile raise a dozen kinds
-        raise UserError(
-            f"cannot read {path} ({why(error)}): write one array with numpy.save or numpy.savez,"
-            " and no Python objects, as images of different sizes are"
-        ) from None
     if len(keys) > 1:
         warn(path, f"the samples are {key}; the other arrays are not used")
     return found

@@ -21,7 +21,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from types import ModuleType
 
 import numpy as np
@@ -31,7 +30,7 @@ import data
 import train
 from extras import clock
 from formats.command import Options, Stopping, flag, option, parser, run
-from formats.files import UserError, make_folder, say, why, write_files
+from formats.files import UserError, make_folder, say, shorten, why, write_files
 from formats.png import apng, png, write_png
 
 
@@ -269,7 +268,7 @@ def pick_classes(args, model):
     choices = {None: known, "all": known} | numbers | names
     found = choices.get(args.class_, [])
     if not found and args.class_ not in (None, "none"):
-        some = shorten(", ".join(names), 300, placeholder=" ...")
+        some = shorten(names, 300)
         raise UserError(f"no --class {args.class_:.40}: the net knows {some or 'none'}")
     if args.guidance != 1 and not found:
         raise UserError("--guidance belongs to a class: leave it out")

@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 from torch import distributed
@@ -30,7 +29,7 @@ import nets
 from extras import clock
 from formats import command
 from formats.command import HEARD, Options, Stopping, flag, option, parser
-from formats.files import UserError, absolute, make_folder, say, why, write_files
+from formats.files import UserError, absolute, make_folder, say, shorten, why, write_files
 from formats.png import write_png
 
 # The methods: the page (a module) with loss, denoise and SAMPLERS, and the process. One of your
@@ -608,7 +607,7 @@ def announce(log, run, dataset, start):
     # the classes, learned or not
     names = run.facts["names"]
     if config.classes:
-        log.say("classes: " + shorten(", ".join(names), 300, placeholder=" ..."))
+        log.say("classes: " + shorten(names, 300))
     elif names:
         log.say(f"--classes would learn the {len(names)} classes: samples by class are better")
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+import textwrap
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def why(error):
     """The text of an exception (or any other text) on one line."""
     text = " ".join(str(error).split())
     return text[:300] or type(error).__name__
+
+
+def shorten(names, width):
+    """The first of many names, with commas, in so many characters."""
+    return textwrap.shorten(", ".join(names), width, placeholder=" ...")
 
 
 def say(text, stream=None, end="\n"):

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import sys
-import textwrap
 import zipfile
 from collections import Counter
 from contextlib import suppress
@@ -29,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.files import MARK, UserError, cached, reading, say, why
+from formats.files import MARK, UserError, cached, reading, say, shorten, why
 
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM".split()  # Pillow's others could start foreign programs
 ENDINGS = tuple(".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .ppm .pgm".split())
@@ -157,11 +156,11 @@ def load(path, size):
 
     counts = {
         f"pictures of {size} x {size} pixels": len(files),
-        f"classes ({shorten(classes)})": len(classes),
+        f"classes ({shorten(classes, 200)})": len(classes),
         "held out": len(about.get("held_out", [])),
         **changes,
         **left_out,
-        f"broken pictures skipped: {shorten(skipped)}": len(skipped),
+        f"broken pictures skipped: {shorten(skipped, 200)}": len(skipped),
     }
     said = [f"{count} {what}" for what, count in counts.items() if count]
     text = " ".join(", ".join(said).split()) or "it is empty"
@@ -172,11 +171,6 @@ def load(path, size):
     if not changes.get(COLOUR):
         array = array[..., :1]
     return {"array": array, "files": files, **about}
-
-
-def shorten(names):
-    """The first of many names, with commas."""
-    return textwrap.shorten(", ".join(names), 200, placeholder=" ...")
 
 
 def sort_out(path):

@@ -102,7 +102,7 @@ def test_a_file_is_replaced_by_renaming(monkeypatch):
 
 def test_without_a_home_folder_the_line_names_the_way_out(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(os.path, "expanduser", str)
+    monkeypatch.setattr(Path, "expanduser", Mock(side_effect=RuntimeError("no home directory")))
     fails("no such folder: ~.*set XDG_CACHE_HOME to a folder", files.cache_dir)
 
 
